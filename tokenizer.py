@@ -198,6 +198,4 @@ class StreamDecoder:
 
     def flush(self):
         """What is left at the end: one U+FFFD for each byte of an unfinished character."""
-        text = self.utf8.decode(b"", final=True)
-        self.utf8.reset()
-        return text
+        return self.utf8.decode(b"", final=True)

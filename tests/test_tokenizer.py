@@ -163,6 +163,12 @@ def test_decoding_gives_the_text_back(models, text):
     assert tokenizer.decode(tokenizer.encode(text, eos=True)) == text
 
 
+def test_only_the_dummy_prefix_is_lost_of_leading_spaces(both):
+    ours, _ = both
+    for n in range(1, 20):
+        assert ours.decode(ours.encode(" " * n + "a")) == " " * n + "a"
+
+
 def test_the_space_piece_decodes_as_a_space(both):
     ours, _ = both
     assert ours.decode(ours.encode(f"a{SPACE}b")) == "a b"

@@ -1,0 +1,275 @@
+"""Train a small Mixtral on a text file: tokenizer, model, held-out score, Hugging Face directory.
+
+    python tiny/train.py --train stories.txt --valid held_out.txt --output tiny
+
+The loss is the cross-entropy of the next token plus, per layer, the load-balancing loss
+
+    α · E · Σₑ fₑ · Pₑ        fₑ: share of the visits that went to expert e (Σ fₑ = 1)
+                              Pₑ: mean over tokens of the full softmax probability of expert e
+
+of the Switch Transformer (arXiv 2101.03961, equations 4 to 6), whose least value is α, at equal
+load. Only P carries a gradient: it lowers the probability of experts that f says are crowded.
+Without it the routers collapse: an expert that is good early is chosen more, learns more and is
+chosen more still, until the others are never trained.
+
+Weights and the optimiser's moments stay in float32; on a machine that multiplies bfloat16 in
+hardware the linear maps run in it (autocast), elsewhere that would be many times slower. The
+finished weights are rounded to bfloat16 once. A run is a function of its seed and its settings:
+stopped at any time, the same command continues from the last state it saved.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from mixtral import Mixtral, MixtralConfig
+from tokenizer import Tokenizer
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--train", type=Path, required=True, help="text to learn from")
+    p.add_argument("--valid", type=Path, required=True, help="text held out for the score")
+    p.add_argument("--output", type=Path, required=True, help="directory of the checkpoint")
+    p.add_argument("--separator", default="<|endoftext|>", help="line between two documents")
+    p.add_argument("--vocab", type=int, default=2048,
+                   help="pieces; small, so that the parameters are experts and not embeddings")
+    p.add_argument("--hidden", type=int, default=192, help="hidden_size")
+    p.add_argument("--layers", type=int, default=6, help="num_hidden_layers")
+    p.add_argument("--heads", type=int, default=6, help="num_attention_heads")
+    p.add_argument("--kv-heads", type=int, default=2, help="num_key_value_heads")
+    p.add_argument("--expert-hidden", type=int, default=384, help="intermediate_size")
+    p.add_argument("--window", type=int, default=128,
+                   help="sliding_window, under the context so that training already rolls past it")
+    p.add_argument("--context", type=int, default=512, help="tokens of a training row")
+    p.add_argument("--batch", type=int, default=8, help="rows of a step")
+    p.add_argument("--steps", type=int, default=2000, help="optimiser steps")
+    p.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising rate")
+    p.add_argument("--rate", type=float, default=3e-3, help="peak learning rate; decays to zero")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only")
+    p.add_argument("--balance", type=float, default=0.02, help="α of the load-balancing loss")
+    p.add_argument("--seed", type=int, default=0, help="of the initial weights and the order")
+    p.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+                   help="of the linear maps; auto: bfloat16 where the hardware multiplies it")
+    p.add_argument("--device", default="cpu", help="torch device")
+    p.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
+    return p.parse_args()
+
+
+def documents(path, separator):
+    """The texts between separator lines, each without its final newline."""
+    texts = path.read_text(encoding="utf-8").split(f"\n{separator}\n")
+    return [text.strip("\n").removesuffix(separator).strip("\n") for text in texts if text.strip()]
+
+
+def train_tokenizer(texts, path, vocab):
+    """Byte-fallback BPE as Mixtral's: identity normaliser, dummy prefix, spaces kept, no pad."""
+    lines = (line for text in texts for line in text.split("\n") if line)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(path.with_suffix("")), vocab_size=vocab,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, split_digits=True, character_coverage=1.0,
+        pad_id=-1, minloglevel=2)
+    path.with_suffix(".vocab").unlink()
+
+
+def batch_of(stories, step, args):
+    """Row tokens and next tokens of a step, each (B, S): epochs of shuffled stories, cut in rows.
+
+    It depends on the step alone, so a resumed run sees what an unbroken one would have seen.
+    """
+    rows_per_epoch = (sum(map(len, stories)) - 1) // args.context
+    epoch, first = divmod(step * args.batch, rows_per_epoch - rows_per_epoch % args.batch)
+    if batch_of.epoch != epoch:
+        order = random.Random(args.seed * 1000 + epoch).sample(stories, len(stories))
+        batch_of.text = torch.tensor([token for story in order for token in story])
+        batch_of.epoch = epoch
+    start, count = first * args.context, args.batch * args.context
+    text = batch_of.text[start:start + count + 1]
+    return (part.view(args.batch, -1).to(args.device) for part in (text[:-1], text[1:]))
+
+
+batch_of.epoch = None
+
+
+def initialise(model, L):
+    """Normal weights of variance 1 / fan-in; what writes to the residual stream 1 / √(2L) less."""
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            scale = weight.shape[1] ** -0.5
+            if "o_proj" in name or "w2" in name:
+                scale /= math.sqrt(2 * L)
+            torch.nn.init.normal_(weight, std=0.02 if "lm_head" in name else scale)
+
+
+def router_logits(model):
+    """A list that every forward pass fills with each layer's router logits, L of (N, E)."""
+    seen = []
+    for block in model.model.layers:
+        block.block_sparse_moe.gate.register_forward_hook(lambda m, x, out: seen.append(out))
+    return seen
+
+
+def shares(logits, k):
+    """f of the load-balancing loss: logits (N, E) -> (E), the visits' distribution over experts."""
+    visits = logits.topk(k, dim=-1).indices.flatten().bincount(minlength=logits.shape[-1])
+    return visits / visits.sum()
+
+
+def balance_loss(layers, k):
+    """E · Σₑ fₑ · Pₑ, averaged over layers: 1 when every expert takes as much as every other."""
+    terms = [shares(x, k) @ x.float().softmax(dim=-1).mean(0) * x.shape[-1] for x in layers]
+    return torch.stack(terms).mean()
+
+
+def rate_at(step, args):
+    """Linear up to the peak, then linear down to zero at the last step."""
+    warm = max(1, round(args.warmup * args.steps))
+    return args.rate * min((step + 1) / warm, (args.steps - step) / (args.steps - warm + 1))
+
+
+@torch.inference_mode()
+def evaluate(model, stories, texts, seen):
+    """Bits per byte of held-out documents, each alone (EOS is scored, BOS given), and loads (L, E).
+
+    bits per byte = Σ −log₂ p(token | before) / UTF-8 bytes: comparable between vocabularies.
+    """
+    bits, config = 0.0, model.config
+    loads = torch.zeros(config.num_hidden_layers, config.num_local_experts, dtype=torch.float64)
+    for story in stories:
+        tokens = torch.tensor([story], device=model.lm_head.weight.device)
+        seen.clear()
+        logits = model(tokens[:, :-1])[0].float()
+        bits += F.cross_entropy(logits, tokens[0, 1:], reduction="sum").item() / math.log(2)
+        share = torch.stack([shares(x, config.num_experts_per_tok) for x in seen])
+        loads += share.cpu() * (len(story) - 1)
+    seen.clear()
+    size = sum(len(text.encode()) for text in texts)
+    return bits / size, loads / loads.sum(1, keepdim=True)
+
+
+def make_optimiser(model, args):
+    """AdamW; norms and embeddings are scales, not maps, and are not decayed."""
+    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=True)
+
+
+def autocast(args):
+    """Mixed precision where bfloat16 products are faster than float32's."""
+    fast = args.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    on = args.precision == "bfloat16" or (args.precision == "auto" and fast)
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=on)
+
+
+def train(model, stories, args, say):
+    """All steps from the last saved state on."""
+    state_file = args.output / "state.pt"
+    optimiser, seen, first = make_optimiser(model, args), router_logits(model), 0
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        first = state["step"]
+        say(f"continuing after step {first}")
+    clock = time.perf_counter()
+    for step in range(first, args.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = rate_at(step, args)
+        loss, balance = one_step(model, optimiser, seen, step, stories, args)
+        if (step + 1) % 20 == 0:
+            speed = 20 * args.batch * args.context / (time.perf_counter() - clock)
+            load = torch.stack([shares(x, model.config.num_experts_per_tok) for x in seen])
+            say(f"step {step + 1}/{args.steps}  loss {loss:.4f}  balance {balance:.3f}  "
+                f"expert load {load.min():.3f} to {load.max():.3f}  {speed:.0f} tokens/s")
+            clock = time.perf_counter()
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            part = state_file.with_suffix(".part")
+            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                        "step": step + 1}, part)
+            part.replace(state_file)
+    return seen
+
+
+def one_step(model, optimiser, seen, step, stories, args):
+    """One gradient: cross-entropy plus α times balance, clipped at norm 1. Returns both parts."""
+    tokens, targets = batch_of(stories, step, args)
+    seen.clear()
+    with autocast(args):
+        logits = model(tokens)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    balance = balance_loss(seen, model.config.num_experts_per_tok)
+    optimiser.zero_grad()
+    (loss + args.balance * balance).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    return loss.item(), balance.item()
+
+
+def export(model, directory):
+    """Write the Hugging Face layout: bfloat16 weights, and a config that transformers reads too."""
+    weights = {n: p.detach().to("cpu", torch.bfloat16) for n, p in model.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    fields = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
+    extra = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+             "torch_dtype": "bfloat16"}
+    (directory / "config.json").write_text(json.dumps(extra | fields, indent=2) + "\n")
+
+
+def main():
+    args = arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = open(args.output / "train.log", "a", encoding="utf-8")
+
+    def say(line):
+        print(line, flush=True)
+        print(line, file=log, flush=True)
+
+    texts, held_out = (documents(p, args.separator) for p in (args.train, args.valid))
+    if not (args.output / "tokenizer.model").exists():
+        train_tokenizer(texts, args.output / "tokenizer.model", args.vocab)
+    tokenizer = Tokenizer(args.output)
+    stories = [tokenizer.encode(text, eos=True) for text in texts]
+    valid = [tokenizer.encode(text, eos=True) for text in held_out]
+    say(f"{len(stories)} documents, {sum(map(len, stories))} tokens; "
+        f"held out {len(valid)}, {sum(map(len, valid))}")
+
+    config = MixtralConfig(
+        vocab_size=args.vocab, hidden_size=args.hidden, intermediate_size=args.expert_hidden,
+        num_hidden_layers=args.layers, num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads, sliding_window=args.window, rope_theta=1e4,
+        max_position_embeddings=args.context)
+    torch.manual_seed(args.seed)
+    model = Mixtral(config).to(args.device)
+    initialise(model, config.num_hidden_layers)
+    say(f"{sum(p.numel() for p in model.parameters())} parameters; {vars(args)}")
+    seen = train(model, stories, args, say)
+
+    export(model, args.output)
+    for dtype in (torch.float32, torch.bfloat16):
+        rounded = model if dtype == torch.float32 else Mixtral.from_pretrained(args.output)
+        seen = seen if dtype == torch.float32 else router_logits(rounded)
+        score, loads = evaluate(rounded.eval(), valid, held_out, seen)
+        say(f"held-out bits per byte, {dtype}: {score:.4f}")
+    for n, load in enumerate(loads):
+        say(f"layer {n} expert load: " + " ".join(f"{100 * x:.1f}" for x in load.tolist()))
+
+
+if __name__ == "__main__":
+    main()
