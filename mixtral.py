@@ -360,7 +360,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         # nn.Embedding's own normal_ start would, on the meta device, take 1.5 s of imports.
-        start = torch.rand(config.vocab_size, config.hidden_size) - 0.5
+        start = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(start, freeze=False)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
