@@ -353,7 +353,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens in, normed residual stream out: all of the model but its last linear map.
 
-    tokens (B, S) -> (B, S, D)
+    tokens (B, S), lengths (B) -> (B, S, D)
     """
 
     def __init__(self, config):

@@ -1,0 +1,38 @@
+"""Small random models that several test files argue about."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mixtral import Mixtral, MixtralConfig
+
+SMALL = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 5,
+         "rope_theta": 100.0}
+
+
+def random_model(seed=0, dtype=torch.float64, **changes):
+    """A model with weights large enough for every term, norms included, to matter."""
+    torch.manual_seed(seed)
+    model = Mixtral(MixtralConfig(**SMALL | changes)).to(dtype).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name
+                     else torch.randn_like(weight) * weight.shape[1] ** -0.5)
+    return model
+
+
+def save(model, directory, **changes):
+    """A Hugging Face directory of a model: one safetensors file and config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(model.state_dict()), directory / "model.safetensors")
+    config = {"model_type": "mixtral"} | dataclasses.asdict(model.config) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save(random_model(), tmp_path / "model")
