@@ -55,9 +55,9 @@ def arguments():
     p.add_argument("--expert-hidden", type=int, default=384, help="intermediate_size")
     p.add_argument("--window", type=int, default=128,
                    help="sliding_window, under the context so that training already rolls past it")
-    p.add_argument("--context", type=int, default=512, help="tokens of a training row")
-    p.add_argument("--batch", type=int, default=8, help="rows of a step")
-    p.add_argument("--steps", type=int, default=2000, help="optimiser steps")
+    p.add_argument("--context", type=int, default=256, help="tokens of a training row")
+    p.add_argument("--batch", type=int, default=16, help="rows of a step")
+    p.add_argument("--steps", type=int, default=1500, help="optimiser steps")
     p.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising rate")
     p.add_argument("--rate", type=float, default=3e-3, help="peak learning rate; decays to zero")
     p.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only")
@@ -255,10 +255,11 @@ def main():
         num_hidden_layers=args.layers, num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads, sliding_window=args.window, rope_theta=1e4,
         max_position_embeddings=args.context)
-    torch.manual_seed(args.seed)
     model = Mixtral(config).to(args.device)
+    torch.manual_seed(args.seed)
     initialise(model, config.num_hidden_layers)
-    say(f"{sum(p.numel() for p in model.parameters())} parameters; {vars(args)}")
+    say(f"{sum(p.numel() for p in model.parameters())} parameters; "
+        + " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in vars(args).items()))
     seen = train(model, stories, args, say)
 
     export(model, args.output)
@@ -272,4 +273,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}")
