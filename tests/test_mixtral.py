@@ -7,10 +7,10 @@ import math
 import pytest
 import reference
 import torch
-from conftest import SMALL, random_model, save
+from conftest import SMALL, random_model, save, save_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mixtral
 from mixtral import (

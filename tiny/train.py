@@ -32,7 +32,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors import TensorSpec, serialize_file
 from torch.nn import functional as F
 
 from mixtral import Mixtral, MixtralConfig
@@ -222,10 +222,19 @@ def one_step(model, optimiser, seen, step, stories, args):
     return loss.item(), balance.item()
 
 
+def save_file(weights, path):
+    """safetensors' own save_file, which needs NumPy to reach a tensor's memory, without NumPy."""
+    specs = {name: TensorSpec(dtype=str(w.dtype).removeprefix("torch."), shape=list(w.shape),
+                              data_ptr=w.data_ptr(), data_len=w.nbytes)
+             for name, w in weights.items()}
+    serialize_file(specs, str(path), {"format": "pt"})
+
+
 def export(model, directory):
     """Write the Hugging Face layout: bfloat16 weights, and a config that transformers reads too."""
-    weights = {n: p.detach().to("cpu", torch.bfloat16) for n, p in model.named_parameters()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous()
+               for n, p in model.named_parameters()}
+    save_file(weights, directory / "model.safetensors")
     fields = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
     extra = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
              "torch_dtype": "bfloat16"}
