@@ -100,6 +100,7 @@ OPTIONAL = {"head_dim", "rope_theta", "sliding_window", "max_seq_len", "num_expe
 CONTEXT = {4096: 32768, 6144: 65536}  # max_seq_len by dim, 8x7B's and 8x22B's: it is mostly unsaid
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PIECE = 2**18  # bytes read at once: they stay in the CPU's cache until they are written
 EXTRAS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
@@ -340,18 +341,24 @@ class Checkpoint(NamedTuple):
     dtype: torch.dtype  # to be converted to
 
     def fetch(self, parameter, to):
-        """Read one tensor and turn it into that of another layout, the fused one excepted."""
-        name, rows, F = parameter.names[self.layout], slice(None), self.config.intermediate_size
-        fused = self.layout == FUSED and parameter.expert is not None
-        if fused:
-            rows = slice(parameter.expert * F, (parameter.expert + 1) * F)
-        weight = self.stored[name].read(rows)
-        if fused and name.endswith("w2"):
-            weight = weight.T
-        if parameter.heads and (self.layout == HUGGINGFACE) != (to == HUGGINGFACE):
-            columns = 2 if to == HUGGINGFACE else self.config.head_dim // 2
-            weight = regroup(weight, parameter.heads, columns)
-        return converted(name, weight, self.dtype)
+        """Yield the rows of one tensor of another layout, the fused one excepted, in pieces."""
+        name, F = parameter.names[self.layout], self.config.intermediate_size
+        stored, fused = self.stored[name], self.layout == FUSED and parameter.expert is not None
+        first, count = (parameter.expert * F, F) if fused else (0, parameter.shape[0])
+        transposed = fused and name.endswith("w2")
+        permuted = parameter.heads and (self.layout == HUGGINGFACE) != (to == HUGGINGFACE)
+        step = count
+        if not (transposed or permuted):
+            row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+            step = max(1, PIECE // row)
+        for at in range(first, first + count, step):
+            weight = stored.read(slice(at, min(at + step, first + count)))
+            if transposed:
+                weight = weight.T
+            if permuted:
+                columns = 2 if to == HUGGINGFACE else self.config.head_dim // 2
+                weight = regroup(weight, parameter.heads, columns)
+            yield converted(name, weight, self.dtype)
 
 
 def misfits(stored, layout, config):
@@ -430,8 +437,8 @@ def write_safetensors(path, group, checkpoint, to, progress):
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for parameter, size in group:
-            weight = checkpoint.fetch(parameter, to)
-            file.write(memory(weight))
+            for weight in checkpoint.fetch(parameter, to):
+                file.write(memory(weight))
             progress.add(size)
 
 

@@ -191,8 +191,9 @@ def test_every_layout_gives_the_same_logits(write, changes, tmp_path, out):
 
 @pytest.mark.parametrize("write", LAYOUTS)
 def test_to_mistral_gives_mistrals_names_rows_and_sizes(write, tmp_path, out):
-    model = random_model(dtype=torch.bfloat16)
-    assert run(write(model, tmp_path / "raw"), out, "--to", "mistral") == 0
+    model = random_model(dtype=torch.bfloat16, head_dim=6)
+    assert run(write(model, tmp_path / "raw"), out, "--to", "mistral",
+               "--max-shard-size", "9KB") == 0
     assert contents(out) == ["consolidated.safetensors", "params.json"]
     written, wanted = loaded(out), raw(model)
     assert written.keys() == wanted.keys()
@@ -271,6 +272,7 @@ def test_shards_stay_under_their_limit_and_are_indexed(tmp_path, out):
         with safe_open(path, framework="pt") as file:
             assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 20_000
             assert {index["weight_map"][name] for name in file.keys()} == {path.name}
+        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # aligned for mapping
 
 
 def test_a_dtype_is_converted_and_an_absent_rope_theta_is_a_million(tmp_path, out):
@@ -499,6 +501,17 @@ def test_overwrite_replaces_a_checkpoint_once_the_new_one_is_complete(
     with monkeypatch.context() as patch:
         patch.setattr(convert, "write_safetensors", full)
         refused("No space left on device", capsys, source, out, "--overwrite")
+    assert torch.equal(loaded(out)["model.norm.weight"], old.model.norm.weight)
+    move = Path.rename
+
+    def stuck(path, target):
+        if path.name.endswith(".part"):
+            raise OSError(5, "Input/output error", str(path))
+        return move(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", stuck)
+        refused("Input/output error", capsys, source, out, "--overwrite")
     assert torch.equal(loaded(out)["model.norm.weight"], old.model.norm.weight)
     assert run(source, out, "--overwrite") == 0
     assert torch.equal(loaded(out)["model.norm.weight"], new.model.norm.weight)
