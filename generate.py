@@ -15,8 +15,12 @@ Exit codes: 0 done (also when the reader of a pipe has gone), 1 bad input, 2 bad
 """
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -28,8 +32,10 @@ if __name__ == "__main__":  # Ctrl-C while importing ends the program at once, w
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
+from safetensors import SafetensorError, TensorSpec, serialize_file
 
-from mixtral import Mixtral
+import mixtral
+from mixtral import Block, Mixtral, SparseMoE
 from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -139,6 +145,112 @@ def stream(model, prompt, max_new_tokens, temperature=0.0, top_p=1.0, seed=None,
         yield token
 
 
+# Every quantity of a trace by the last word of its name, in the key's letters; `visits` are the
+# tokens that chose an expert, in their order, which `tokens` lists.
+AXES = {
+    "embed_tokens": "B S D", "input_layernorm": "B S D", "q_proj": "B S H·d", "k_proj": "B S K·d",
+    "v_proj": "B S K·d", "q_rotated": "B S H d", "k_rotated": "B S K d", "scores": "B H S T",
+    "probabilities": "B H S T", "mixed": "B S H d", "o_proj": "B S D", "residual": "B S D",
+    "post_attention_layernorm": "B S D", "gate": "N E", "chosen": "N k", "weights": "N k",
+    "margin": "N", "tokens": "visits", "w1": "visits F", "w3": "visits F", "hidden": "visits F",
+    "w2": "visits D", "block_sparse_moe": "B S D", "layer": "B S D", "norm": "B S D",
+    "lm_head": "B S V"}
+
+
+@contextlib.contextmanager
+def watching(model, layers=None, scores=False):
+    """Collect the intermediates of the passes made inside: {name: [a tensor of each pass]}.
+
+    What a module of the checkpoint returns has the module's name; what happens within one has its
+    name and a word more, as `model.layers.0.self_attn.q_rotated`. AXES lists them. In the order of
+    computation; `layers` keeps those alone, `scores` adds attention's scores and probabilities.
+    """
+    path, seen = [], {}
+
+    def keep(name, x):
+        inside = re.match(r"model\.layers\.(\d+)", name)
+        if layers is None or not inside or int(inside[1]) in layers:
+            seen.setdefault(name, []).append(x)
+
+    def probed(word, x):
+        if word in ("scores", "probabilities"):
+            return keep(f"{path[-1]}.{word}", x.flatten(1, 2)) if scores else None
+        keep(f"{path[-1]}.{word}", x)
+        if word == "chosen":
+            for e in x.unique().tolist():
+                keep(f"{path[-1]}.experts.{e}.tokens", (x == e).any(dim=1).nonzero()[:, 0])
+
+    def left(module, _, x):
+        name = path.pop()
+        if isinstance(module, Block | SparseMoE) or not any(module.children()):
+            keep(name, x)
+        if name.endswith(".gate"):
+            best, k = x.sort(dim=-1, descending=True)[0], model.config.num_experts_per_tok
+            if k < best.shape[-1]:
+                keep(name.replace("gate", "margin"), best[:, k - 1] - best[:, k])
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+        hooks.append(module.register_forward_hook(left))
+    mixtral.watch = probed
+    try:
+        yield seen
+    finally:
+        mixtral.watch = None
+        for hook in hooks:
+            hook.remove()
+
+
+def axes(name):
+    """The axes of a quantity in a trace, from AXES."""
+    word = name.rpartition(".")[2]
+    return AXES["layer" if word.isdecimal() else word].split()
+
+
+@torch.inference_mode()
+def write_trace(model, tokens, path, layers=None, scores=False):
+    """Write every intermediate of one pass over tokens to a safetensors file; return their number.
+
+    The file's metadata hold, as JSON, a format version, the config, the dtype, and `order`: name,
+    axes and shape of each tensor in the order of computation. Raises ValueError for an unknown
+    layer; a file is complete or not there.
+    """
+    unknown = set(layers or ()) - set(range(model.config.num_hidden_layers))
+    if unknown:
+        raise ValueError(f"--trace-layers: layers are 0 … {model.config.num_hidden_layers - 1}, "
+                         f"got {min(unknown)}")
+    [ids], _ = padded([tokens], model.config.vocab_size, model.lm_head.weight.device)
+    with watching(model, layers, scores) as seen:
+        model(ids[None])
+    found = {"tokens": ids[None]} | {name: x for name, [x] in seen.items()}
+    order = [[name, axes(name) if name != "tokens" else ["B", "S"], list(x.shape)]
+             for name, x in found.items()]
+    save_file({name: x.contiguous().cpu() for name, x in found.items()}, path, {
+        "format": "mixtral-trace", "version": "1", "dtype": str(model.lm_head.weight.dtype)[6:],
+        "config": json.dumps(dataclasses.asdict(model.config)), "order": json.dumps(order)})
+    return len(found)
+
+
+FORMAT = (("format", "pt"),)  # what transformers wants to find in a file of weights
+
+
+def save_file(tensors, path, metadata=FORMAT):
+    """Write safetensors at once or not at all; the library's own save_file would need NumPy."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask has it; serialize_file would make it 0600
+        serialize_file({name: TensorSpec(
+            dtype=str(x.dtype).removeprefix("torch."), shape=list(x.shape), data_ptr=x.data_ptr(),
+            data_len=x.nbytes) for name, x in tensors.items()}, str(part), dict(metadata))
+        part.chmod(mode)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"{path}: not written: {error}") from None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -160,7 +272,21 @@ def arguments(argv):
                    help="weights and arithmetic (default: float32 for the embedded checkpoint, "
                         "which not every CPU multiplies fast in bfloat16; else the checkpoint's)")
     p.add_argument("--device", default="cpu", help="torch device, as cpu or cuda")
+    p.add_argument("--trace", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+                   help="write every intermediate of reading the prompt as safetensors, and "
+                        "generate nothing; with --dtype float64 they are exact")
+    p.add_argument("--trace-layers", type=layer_list, metavar="N,N", default=argparse.SUPPRESS,
+                   help="trace these layers alone, as 0,15,31 (default: all)")
+    p.add_argument("--trace-scores", action="store_true", default=argparse.SUPPRESS,
+                   help="trace attention's scores and probabilities too, which are large")
     return p.parse_args(argv)
+
+
+def layer_list(text):
+    """The numbers of a list as 0,15,31."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"wanted layers as 0,15,31, got {text!r}")
+    return [int(n) for n in text.split(",")]
 
 
 def check_device(name):
@@ -201,6 +327,11 @@ def run(args):
     check_whole("--seed", args.seed or 0)
     tokenizer, model = load(args)
     prompt = tokenizer.encode(read_prompt(args))
+    if "trace" in args:
+        count = write_trace(model, prompt, args.trace, getattr(args, "trace_layers", None),
+                            "trace_scores" in args)
+        print(f"[{count} tensors of {len(prompt)} tokens in {args.trace}]", file=sys.stderr)
+        return 0
     text, new, interrupted, start = tokenizer.stream(), 0, False, time.perf_counter()
     first = start
     try:

@@ -136,6 +136,16 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+watch = None  # called with each probe's name and tensor while generate.trace runs
+
+
+def probe(name, x):
+    """Show a quantity that no module returns under the name of generate.AXES, and give it back."""
+    if watch is not None:
+        watch(name, x)
+    return x
+
+
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) · weight, rounded before the weight as the released model does.
 
@@ -196,9 +206,10 @@ def attend(q, k, v, mask):
     """
     groups = (at_least_float32(q) / math.sqrt(q.shape[-1])).unflatten(2, (k.shape[2], -1))
     scores = torch.einsum("bskgd,btkd->bkgst", groups, at_least_float32(k))
-    probabilities = torch.where(mask[:, None, None], scores, -math.inf).softmax(dim=-1)
+    scores = probe("scores", torch.where(mask[:, None, None], scores, -math.inf))
+    probabilities = probe("probabilities", scores.softmax(dim=-1))
     mixed = torch.einsum("bkgst,btkd->bskgd", probabilities, at_least_float32(v))
-    return mixed.flatten(2, 3).to(q.dtype)
+    return probe("mixed", mixed.flatten(2, 3).to(q.dtype))
 
 
 @dataclass
@@ -270,6 +281,7 @@ class Attention(nn.Module):
         H, K = self.heads
         q = rotate(self.q_proj(x).unflatten(-1, (H, -1)), place.cos, place.sin)
         k = rotate(self.k_proj(x).unflatten(-1, (K, -1)), place.cos, place.sin)
+        q, k = probe("q_rotated", q), probe("k_rotated", k)
         v = self.v_proj(x).unflatten(-1, (K, -1))
         if cache is not None:
             k, v = cache.write(self.layer, k, v, place.positions)
@@ -285,7 +297,8 @@ def route(logits, k):
     indices. Of equal logits the lowest index wins: the sort is stable, which topk is not.
     """
     chosen, experts = logits.sort(dim=-1, descending=True, stable=True)
-    return at_least_float32(chosen[:, :k]).softmax(dim=-1), experts[:, :k]
+    weights = at_least_float32(chosen[:, :k]).softmax(dim=-1)
+    return probe("weights", weights), probe("chosen", experts[:, :k])
 
 
 class Expert(nn.Module):
@@ -301,7 +314,7 @@ class Expert(nn.Module):
         self.w3 = nn.Linear(D, F, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(probe("hidden", F.silu(self.w1(x)) * self.w3(x)))
 
 
 class SparseMoE(nn.Module):
@@ -346,7 +359,7 @@ class Block(nn.Module):
         self.block_sparse_moe = SparseMoE(config)
 
     def forward(self, x, place, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), place, cache)
+        x = probe("residual", x + self.self_attn(self.input_layernorm(x), place, cache))
         return x + self.block_sparse_moe(self.post_attention_layernorm(x))
 
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from safetensors import TensorSpec, serialize_file
 
+from generate import save_file
 from mixtral import Mixtral, MixtralConfig
 
 SMALL = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -22,13 +22,6 @@ def random_model(seed=0, dtype=torch.float64, **changes):
         weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name
                      else torch.randn_like(weight) * weight.shape[1] ** -0.5)
     return model
-
-
-def save_file(tensors, path):
-    """Write contiguous tensors as safetensors; the library's own save_file would need NumPy."""
-    serialize_file({name: TensorSpec(
-        dtype=str(x.dtype).removeprefix("torch."), shape=list(x.shape), data_ptr=x.data_ptr(),
-        data_len=x.nbytes) for name, x in tensors.items()}, str(path), {"format": "pt"})
 
 
 def save(model, directory, **changes):

@@ -1,5 +1,6 @@
 """Claims about generate.py: the sampler against theory, rows against themselves alone, the CLI."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
-from generate import generate, sample, stream
+import mixtral
+from generate import axes, generate, main, sample, save_file, stream, watching, write_trace
 from mixtral import Mixtral, MixtralConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,3 +241,105 @@ def test_a_closed_pipe_is_no_error():
     process.stdout.close()
     assert (process.wait(timeout=60), process.stderr.read()) == (0, b"")
     process.stderr.close()
+
+
+def traced(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+
+
+def test_a_trace_names_every_quantity_in_the_order_of_computation(model, tmp_path):
+    path = tmp_path / "trace"
+    assert write_trace(model, [1, 5, 9, 2], path, scores=True) == len(traced(path)[1])
+    metadata, tensors = traced(path)
+    assert (metadata["format"], metadata["version"]) == ("mixtral-trace", "1")
+    assert metadata["dtype"] == "float64"
+    assert MixtralConfig(**json.loads(metadata["config"])) == model.config
+    order = json.loads(metadata["order"])
+    assert [name for name, *_ in order[:2]] == ["tokens", "model.embed_tokens"]
+    assert order[-1][0] == "lm_head" and {name for name, *_ in order} == set(tensors)
+    assert tensors["tokens"].tolist() == [[1, 5, 9, 2]]
+    c = model.config
+    size = {"B": 1, "S": 4, "T": 4, "N": 4, "V": c.vocab_size, "D": c.hidden_size, "d": c.head_dim,
+            "H": c.num_attention_heads, "K": c.num_key_value_heads, "E": c.num_local_experts,
+            "k": c.num_experts_per_tok, "F": c.intermediate_size}
+    size |= {"H·d": size["H"] * size["d"], "K·d": size["K"] * size["d"]}
+    for name, letters, shape in order:
+        assert list(tensors[name].shape) == shape
+        assert [size.get(letter, n) for letter, n in zip(letters, shape, strict=True)] == shape
+        assert tensors[name].dtype == (
+            torch.int64 if name.endswith(("tokens", "chosen")) and "embed" not in name
+            else torch.float64)
+
+
+def test_watching_changes_no_bit_and_ends_with_its_block(model):
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    with torch.inference_mode():
+        before = model(tokens)
+        with watching(model, scores=True) as seen:
+            during = model(tokens)
+        count = len(seen)
+        assert torch.equal(before, during) and torch.equal(model(tokens), before)
+    assert torch.equal(seen["lm_head"][0], before)
+    assert len(seen) == count and mixtral.watch is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_trace_of_some_layers_holds_those_alone(model, tmp_path):
+    write_trace(model, [1, 2, 3], tmp_path / "trace", layers=[1])
+    _, tensors = traced(tmp_path / "trace")
+    assert "model.layers.1" in tensors and "lm_head" in tensors
+    assert not any(name.startswith("model.layers.0") or "scores" in name for name in tensors)
+
+
+def test_margin_and_expert_rows_follow_from_the_router(model, tmp_path):
+    write_trace(model, [7, 8, 9, 10, 11], tmp_path / "trace")
+    _, seen = traced(tmp_path / "trace")
+    for at in (f"model.layers.{n}.block_sparse_moe." for n in range(2)):
+        best = seen[at + "gate"].sort(descending=True)[0]
+        assert torch.equal(seen[at + "margin"], best[:, 1] - best[:, 2])
+        y = torch.zeros(5, 24, dtype=torch.float64)
+        for e in range(8):
+            if f"{at}experts.{e}.tokens" in seen:
+                for n, row in zip(seen[f"{at}experts.{e}.tokens"].tolist(),
+                                  seen[f"{at}experts.{e}.w2"], strict=True):
+                    [slot] = (seen[at + "chosen"][n] == e).nonzero()[:, 0].tolist()
+                    y[n] += row * seen[at + "weights"][n, slot]
+        assert (y - seen[at.removesuffix(".")][0]).abs().max() < 1e-13
+
+
+def test_every_name_of_a_trace_has_axes_and_an_unknown_one_is_an_error():
+    assert axes("model.layers.3") == ["B", "S", "D"] and axes("x.experts.0.w1") == ["visits", "F"]
+    with pytest.raises(KeyError):
+        axes("model.layers.3.unheard_of")
+
+
+def test_the_command_writes_a_trace_and_generates_nothing(tmp_path, capsys):
+    path = tmp_path / "trace.safetensors"
+    assert main(["--prompt", "Once upon", "--trace", str(path), "--trace-layers", "0,5",
+                 "--trace-scores", "--dtype", "float64"]) == 0
+    told = capsys.readouterr()
+    metadata, tensors = traced(path)
+    assert told.out == "" and f"[{len(tensors)} tensors of 3 tokens in {path}]" in told.err
+    assert "model.layers.5.self_attn.scores" in tensors and "model.layers.4" not in tensors
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--trace-layers", "0,6"], "layers are 0 … 5, got 6"),
+    (["--trace", "absent/trace"], "absent/trace: not written")])
+def test_a_trace_that_cannot_be_is_refused_in_one_line(options, words, tmp_path, capsys):
+    assert main(["--prompt", "x", "--trace", str(tmp_path / "t"), *options]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not os.listdir(tmp_path)
+
+
+def test_saving_is_all_or_nothing_and_heeds_the_umask(tmp_path):
+    save_file({"a": torch.arange(3)}, tmp_path / "a")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "held").touch()
+    with pytest.raises(ValueError, match="not written"):
+        save_file({"a": torch.arange(3)}, tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]

@@ -32,9 +32,9 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import sentencepiece
 import torch
-from safetensors import TensorSpec, serialize_file
 from torch.nn import functional as F
 
+from generate import save_file
 from mixtral import Mixtral, MixtralConfig
 from tokenizer import Tokenizer
 
@@ -220,14 +220,6 @@ def one_step(model, optimiser, seen, step, stories, args):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimiser.step()
     return loss.item(), balance.item()
-
-
-def save_file(weights, path):
-    """safetensors' own save_file, which needs NumPy to reach a tensor's memory, without NumPy."""
-    specs = {name: TensorSpec(dtype=str(w.dtype).removeprefix("torch."), shape=list(w.shape),
-                              data_ptr=w.data_ptr(), data_len=w.nbytes)
-             for name, w in weights.items()}
-    serialize_file(specs, str(path), {"format": "pt"})
 
 
 def export(model, directory):
