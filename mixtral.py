@@ -297,8 +297,8 @@ def route(logits, k):
     indices. Of equal logits the lowest index wins: the sort is stable, which topk is not.
     """
     chosen, experts = logits.sort(dim=-1, descending=True, stable=True)
-    weights = at_least_float32(chosen[:, :k]).softmax(dim=-1)
-    return probe("weights", weights), probe("chosen", experts[:, :k])
+    experts = probe("chosen", experts[:, :k])
+    return probe("weights", at_least_float32(chosen[:, :k]).softmax(dim=-1)), experts
 
 
 class Expert(nn.Module):

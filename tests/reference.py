@@ -94,8 +94,8 @@ def mixture(config, weights, at, xs, seen):
     routes = [route(logits, config["num_experts_per_tok"]) for logits in seen[at + "gate"]]
     if any(margin for *_, margin in routes):
         seen[at + "margin"] = [margin[0] for *_, margin in routes]
-    seen[at + "weights"] = [w for _, w, _ in routes]
     seen[at + "chosen"] = [chosen for chosen, *_ in routes]
+    seen[at + "weights"] = [w for _, w, _ in routes]
     out = [[0.0] * len(xs[0]) for _ in xs]
     for e in range(config["num_local_experts"]):
         hits = [n for n, (chosen, *_) in enumerate(routes) if e in chosen]

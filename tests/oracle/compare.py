@@ -285,6 +285,8 @@ def attentions(pair, name, theirs):
     yield "query head h uses key head h mod K instead of h // (H/K)", attended(
         pair, name, what, tiled=True)
     yield "queries see later tokens: no causal mask", attended(pair, name, what, causal=False)
+    yield "no mask: every query sees every token", attended(
+        pair, name, what, causal=False, window=False)
     if W:
         for extra in (1, -1):
             yield (f"window off by one: {W + extra} keys instead of {W}",
@@ -495,7 +497,7 @@ class Report:
 
 def where(pair, name, ours, theirs, tokens):
     """The largest difference, its place, and which tokens and heads differ at all."""
-    difference = (ours - theirs).abs().nan_to_num(0.0)
+    difference = (ours - theirs).abs().nan_to_num(0.0, math.inf)  # −∞ on both sides is equal
     place = [int(n) for n in torch.unravel_index(difference.argmax(), difference.shape)]
     S, index = pair.ours["tokens"].shape[1], tuple(place)
     token = int(tokens[place[0]])
@@ -508,9 +510,11 @@ def where(pair, name, ours, theirs, tokens):
     if expert := re.search(r"experts\.(\d+)", name):
         words.append(f"expert {expert[1]}")
     a, b, size = ours[index].item(), theirs[index].item(), difference[index].item()
+    line = f"ours {a:.6g}, theirs {b:.6g} at {', '.join(words)}"
+    if not math.isfinite(size):
+        return [line]
     ulp = pair.eps * 2.0 ** math.floor(math.log2(max(abs(a), 1e-300)))
-    return [f"ours {a:.6g}, theirs {b:.6g} at {', '.join(words)}",
-            f"largest difference {size:.3g}, relative {size / max(abs(a), 1e-300):.3g}, "
+    return [line, f"largest difference {size:.3g}, relative {size / max(abs(a), 1e-300):.3g}, "
             f"{size / ulp:.3g} ulps of {str(pair.dtype)[6:]}"]
 
 
@@ -529,9 +533,11 @@ def limits(pair, name, seen):
     return FLOOR * depth * pair.eps, max(FLOOR * pair.eps, JUMP * seen)
 
 
-def judge(pair, report, name, args):
-    """None where a tensor agrees, else the lines that say how it differs."""
+def judge(pair, report, name, args, explain):
+    """None where a tensor agrees, else the lines that say how it differs, if they are wanted."""
     ours, theirs, tokens = both(pair, name)
+    if theirs is None and not explain:
+        return ["another shape"]
     if theirs is None:
         _, words = cause(pair, name, math.inf)
         return [f"shape {list(pair.theirs[name].shape)}, ours {list(pair.ours[name].shape)}",
@@ -553,6 +559,8 @@ def judge(pair, report, name, args):
         report.seen = max(report.seen, error)
         report.worst = max(report.worst, (error, name))
         return None
+    if not explain:
+        return ["differs"]
     lines = [*where(pair, name, ours, theirs, tokens),
              f"error of the worst row {error:.3g}; {extent(pair, found, tokens, limit)}"]
     near, words = cause(pair, name, error)
@@ -599,7 +607,7 @@ def compared(pair, args):
         if layer_of(name) != layer:
             layer, report.tainted = layer_of(name), spread(report.tainted, S)
         lines = (routing(pair, report, name) if word(name) == "chosen"
-                 else judge(pair, report, name, args))
+                 else judge(pair, report, name, args, first is None))
         if lines:
             first = first or (name, last, lines)
             report.lines.append(name)
