@@ -101,7 +101,7 @@ class Pair:
         self.order = [name for name, *_ in json.loads(self.metadata["order"])]
         self.shared = [name for name in self.order if name in self.theirs and name != "tokens"]
         self.unknown = sorted(name for name in set(self.theirs) - set(self.order)
-                              if not name.endswith(".weight"))
+                              if not name.endswith(".weight") and ".experts." not in name)
         self.check_tokens()
         if not self.shared:
             raise Incomparable(f"{theirs}: none of our names, as {self.order[1]}; it has "
