@@ -5,7 +5,7 @@ that file then run until the first fails. A mutant that no test can tell from th
 the reason; it is run all the same, and does not count. A run over the limit is no kill: a test
 that hangs has not failed.
 
-Exit codes: 0 at least 95 % killed, 1 fewer, 2 a row that no longer fits or tests that fail unbroken.
+Exit codes: 0 at least 95 % killed, 1 fewer, 2 a row that no longer fits, or red tests unbroken.
 """
 
 import argparse
