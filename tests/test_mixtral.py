@@ -142,8 +142,7 @@ def test_a_bfloat16_model_widens_where_the_rule_says():
 
 @pytest.mark.parametrize("shift", [0, 1000])
 def test_bfloat16_rotation_and_attention_round_once(shift):
-    q, k, v = (randn(1, 6, n, 4, seed=n).bfloat16() for n in (6, 2, 3))
-    k, v = k, v[:, :, :2]
+    q, k, v = (randn(1, *n, 4, seed=sum(n)).bfloat16() for n in ((6, 8), (2, 6), (2, 6)))
     positions = torch.arange(6)[None] + shift
     cos, sin = rotation(positions, 4, 1e4)
     assert torch.equal(rotate(q, cos, sin), rotate(q.double(), cos, sin).bfloat16())
@@ -151,6 +150,19 @@ def test_bfloat16_rotation_and_attention_round_once(shift):
     wide = attend(q.double(), k.double(), v.double(), mask)
     # Half a unit in the last of bfloat16's 8 bits, and float32's own rounding.
     assert ((attend(q, k, v, mask).double() - wide).abs() <= wide.abs() * 2**-8 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4, 5, 300])
+def test_a_widened_product_is_the_exact_one_rounded_once(dtype, rows, monkeypatch):
+    """Half a unit in the last place, and what float32 sums lose before it, near zero most."""
+    monkeypatch.setattr(mixtral, "WIDEN_ROWS", 5)
+    linear = mixtral.Linear(24, 40).to(dtype)
+    x = randn(1, rows, 24, dtype=torch.float32).to(dtype)
+    exact = x.double() @ linear.weight.double().mT
+    got, unit = linear(x), torch.finfo(dtype).eps
+    assert got.dtype == dtype and got.shape == (1, rows, 40)
+    assert ((got.double() - exact).abs() <= exact.abs() * unit / 2 + 1e-5).all()
 
 
 # ---------------------------------------------------------------- norm and rotation
@@ -200,10 +212,10 @@ def test_a_query_sees_w_keys_including_itself(window, start):
 
 @pytest.mark.parametrize("K", [1, 2, 3, 6])
 def test_grouped_queries_are_many_heads_with_repeated_keys_and_values(K):
-    q, k, v = randn(2, 4, 6, 8, seed=1), randn(2, 7, K, 8, seed=2), randn(2, 7, K, 8, seed=3)
+    q, k, v = randn(2, 4, 6, 8, seed=1), randn(2, K, 7, 8, seed=2), randn(2, K, 7, 8, seed=3)
     mask = visible(torch.arange(3, 7).expand(2, 4), torch.arange(7).expand(2, 7), 3)
     many = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), *(x.repeat_interleave(6 // K, dim=2).transpose(1, 2) for x in (k, v)),
+        q.transpose(1, 2), *(x.repeat_interleave(6 // K, dim=1) for x in (k, v)),
         attn_mask=mask[:, None]).transpose(1, 2)
     assert far(attend(q, k, v, mask), many) < 1e-14
 
@@ -217,7 +229,7 @@ def test_slot_s_holds_the_latest_position_that_is_s_mod_c(C, last, data):
     slots = [-1] * min(C, fed)
     for position in range(last + 1):
         slots[position % C] = position
-    buffer = torch.zeros(1, 1, C, 1, 2)
+    buffer = torch.zeros(1, 1, 1, C, 2)
     cache = Cache(buffer, buffer, torch.zeros(1), max_length=fed, chunk=1, fed=fed)
     held = cache.held(torch.tensor([last]))[0].tolist()
     assert [max(position, -1) for position in held] == slots
@@ -285,9 +297,9 @@ def test_the_future_never_changes_the_past():
 def test_memory_stops_growing_at_the_window():
     model = random_model(sliding_window=128)
     small, large = (model.new_cache(1, length) for length in (500, 2000))
-    assert small.keys.shape == large.keys.shape and large.keys.shape[2] == 128 + 256 - 1
-    assert model.new_cache(1, 9).keys.shape[2] == 9
-    assert random_model(sliding_window=None).new_cache(1, 700).keys.shape[2] == 700
+    assert small.keys.shape == large.keys.shape and large.keys.shape[3] == 128 + 256 - 1
+    assert model.new_cache(1, 9).keys.shape[3] == 9
+    assert random_model(sliding_window=None).new_cache(1, 700).keys.shape[3] == 700
 
 
 def test_a_cache_refuses_more_than_it_was_made_for():

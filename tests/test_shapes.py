@@ -131,7 +131,7 @@ def test_every_shape_line_holds_in_real_runs_of_distinct_sizes(monkeypatch):
         cache = model.new_cache(2, 40, chunk=7)
         for S in (7, 1, 7, 3):
             model(torch.zeros(2, S, dtype=torch.int64), cache)
-        assert cache.keys.shape == (3, 2, 12, 4, 10) and cache.lengths.shape == (2,)
+        assert cache.keys.shape == (3, 2, 4, 12, 10) and cache.lengths.shape == (2,)
         generate.sample(torch.zeros(2, 37), 1.0)
     assert seen == wanted and len(wanted) >= 14
 

@@ -73,21 +73,20 @@ def test_the_embedded_model_in_lower_precision_is_equal_within_rounding(dtype, t
 
 def neighbours(x, cos, sin):
     a, b = x[..., ::2], x[..., 1::2]
-    cos, sin = (y[:, :, None].to(x.dtype) for y in (cos, sin))
+    cos, sin = (y[:, :, None].to(x.dtype).chunk(2, -1)[1] for y in (cos, sin))
     return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
 
 def attention(scale=True, tiled=False):
     def attend(q, k, v, mask):
-        H, K = q.shape[2], k.shape[2]
+        H, K = q.shape[2], k.shape[1]
         of = torch.arange(H) % K if tiled else torch.arange(H) // (H // K)
-        scores = torch.einsum("bshd,bthd->bhst", q, k[:, :, of])
+        scores = torch.einsum("bshd,bhtd->bhst", q, k[:, of])
         scores = scores / math.sqrt(q.shape[-1]) if scale else scores
         scores = torch.where(mask[:, None], scores, -math.inf)
-        mixtral.probe("scores", scores.unflatten(1, (K, -1)))
-        mixtral.probe("probabilities", scores.softmax(-1).unflatten(1, (K, -1)))
-        return mixtral.probe("mixed", torch.einsum("bhst,bthd->bshd", scores.softmax(-1),
-                                                   v[:, :, of]))
+        mixtral.probe("scores", scores)
+        mixtral.probe("probabilities", scores.softmax(-1))
+        return mixtral.probe("mixed", torch.einsum("bhst,bhtd->bshd", scores.softmax(-1), v[:, of]))
     return attend
 
 
