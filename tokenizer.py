@@ -10,8 +10,8 @@ BPE a score is minus the rank of a merge; equal ones (the runs of spaces) merge 
 Control pieces (<s>, [INST]) are ids without text: no text ever encodes to one. Pieces that the
 file's maker declared (v3's [REFERENCE_DOC_0]) are matched whole, the longest first, before merging.
 
-Near-linear: neighbours sit in a heap by rank, and a text is cut in words wherever no piece could
-reach across, which is exact; the ids of short words are remembered.
+Near-linear: neighbours sit in a heap by rank, and a text is cut into words where no piece reaches
+across, which is exact; the ids of short words are remembered.
 
 Departures: none in encode or decode, undecodable bytes included: each prints one U+FFFD.
 Leaves out: normalisers other than identity, unigram models, training (sentencepiece does that).
@@ -21,13 +21,12 @@ import codecs
 import heapq
 import math
 import re
+from itertools import chain, pairwise
 from pathlib import Path
 
 import sentencepiece
 
 SPACE = "▁"  # U+2581, which therefore decodes as a space
-WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-REMEMBERED_WORDS, REMEMBERED_LENGTH = 1 << 16, 32
 
 codecs.register_error("mark_each_byte", lambda e: ("\ufffd" * (e.end - e.start), e.end))
 
@@ -60,6 +59,46 @@ def merge(word, scores):
             if start >= 0 and after[start] < end and (entry := pair(start)):
                 heapq.heappush(agenda, entry)
     return [symbol for symbol in symbols if symbol]
+
+
+def kin(start, pieces):
+    """The characters that pieces join to one, directly or through others: for e the Latin letters.
+
+    No piece holds one of them beside an outsider, but for the space in front: a text can be cut
+    between the two, because merges never reach across.
+    """
+    beside = {}
+    for piece in pieces:
+        for a, b in pairwise(piece.lstrip(SPACE)):
+            beside.setdefault(a, set()).add(b)
+            beside.setdefault(b, set()).add(a)
+    found, agenda = {start}, [start]
+    while agenda:
+        new = beside.get(agenda.pop(), set()) - found
+        found |= new
+        agenda += new
+    return found
+
+
+class Words(dict):
+    """The ids of words: those of short ones are remembered until there are too many."""
+
+    def __init__(self, tokenizer, most=1 << 16, longest=32):
+        super().__init__()
+        self.tokenizer, self.most, self.longest = tokenizer, most, longest
+
+    def __missing__(self, word):
+        t, ids = self.tokenizer, []
+        for symbol in merge(word, t.scores):
+            if symbol in t.scores:
+                ids.append(t.ids[symbol])
+            else:
+                ids += (t.byte_ids[byte] for byte in symbol.encode("utf-8"))
+        if len(word) <= self.longest:
+            if len(self) >= self.most:
+                self.clear()
+            self[word] = ids
+        return ids
 
 
 class Tokenizer:
@@ -96,7 +135,9 @@ class Tokenizer:
             del self.scores[piece]
         self.declared = sorted(declared, key=len, reverse=True)
         self.cut = re.compile(f"({'|'.join(map(re.escape, self.declared)) or '(?!)'})")
-        self.remembered = {}
+        letters = "".join(map(re.escape, sorted(kin("e", self.scores))))
+        self.word = re.compile(f"{SPACE}*(?:[{letters}]+|[^{letters}{SPACE}]+)|{SPACE}+")
+        self.words = Words(self)
 
     def _check(self, model, path):
         crossing = any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in self.ids)
@@ -130,29 +171,9 @@ class Tokenizer:
             if n % 2:
                 ids.append(self.ids[part])
             else:
-                self._encode_words(part, ids)
+                words = self.word.findall(part)
+                ids.extend(chain.from_iterable(map(self.words.__getitem__, words)))
         return ids + [self.eos_id] * eos
-
-    def _encode_words(self, text, ids):
-        remembered = self.remembered
-        for word in WORD.findall(text):
-            known = remembered.get(word)
-            if known is None:
-                known = self._encode_word(word)
-                if len(word) <= REMEMBERED_LENGTH:
-                    if len(remembered) >= REMEMBERED_WORDS:
-                        remembered.clear()
-                    remembered[word] = known
-            ids += known
-
-    def _encode_word(self, word):
-        ids = []
-        for symbol in merge(word, self.scores):
-            if symbol in self.scores:
-                ids.append(self.ids[symbol])
-            else:
-                ids += (self.byte_ids[byte] for byte in symbol.encode("utf-8"))
-        return ids
 
     def decode(self, ids):
         """The text of ids: control ids print nothing, the unknown id ` ⁇ `, the dummy prefix goes.

@@ -122,17 +122,24 @@ def test_encode_is_sentencepieces_for_long_runs(both, unit):
 
 def test_remembered_words_do_not_change_what_is_encoded(both):
     ours, theirs = both
-    ours.remembered.clear()
+    ours.words.clear()
     for text in ("the cat  sat", "the  cat sat", "cat the", "the cat  sat") * 2:
         assert ours.encode(text, bos=False) == theirs.encode(text)
 
 
-def test_the_memory_of_words_is_bounded(models, monkeypatch):
-    monkeypatch.setattr("tokenizer.REMEMBERED_WORDS", 8)
+def test_a_text_is_cut_where_no_piece_reaches_across(both):
+    ours, _ = both
+    assert all(ours.word.findall(piece) == [piece] for piece in ours.scores)
+    text = " one, 2".replace(" ", SPACE)
+    assert ours.word.findall(text) == [f"{SPACE}one", ",", f"{SPACE}2"]
+
+
+def test_the_memory_of_words_is_bounded(models):
     ours = Tokenizer(models["own"])
+    ours.words.most = 8
     text = " ".join(f"x{n}" for n in range(100)) + " " + "y" * 1000
     assert ours.encode(text) == Tokenizer(models["own"]).encode(text)
-    assert len(ours.remembered) <= 8 and "y" * 1000 not in map(str.strip, ours.remembered)
+    assert len(ours.words) <= 8 and "y" * 1000 not in map(str.strip, ours.words)
 
 
 @pytest.mark.parametrize("text, ids", [
