@@ -476,17 +476,18 @@ class Mixtral(nn.Module):
         return lengths
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None, device="cpu"):
+    def from_pretrained(cls, directory, dtype=None, device="cpu", through=iter):
         """Load a Hugging Face directory: every parameter is assigned exactly once.
 
-        dtype None keeps the checkpoint's, and on the CPU leaves the weights mapped from disk.
+        dtype None keeps the checkpoint's, and on the CPU leaves the weights mapped from disk. All
+        names and tensors pass `through`, which may count them for a progress bar.
         Raises ValueError naming every missing, unknown, repeated or mis-shaped tensor.
         """
         directory = Path(directory)
         files = weight_files(directory)
         with torch.device("meta"):
             model = cls(MixtralConfig.from_dict(read_json(directory / "config.json")))
-        if wrong := model._assign(stored_tensors(files, device), dtype):
+        if wrong := model._assign(through(stored_tensors(files, device)), dtype):
             raise ValueError(f"{directory}: does not fit its config.json: {'; '.join(wrong)}")
         return model.eval()
 

@@ -124,6 +124,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = model.bos_id(), model.eos_id(), model.unk_id()
         self.pieces = [model.id_to_piece(i) for i in every]
         self.control = {i for i in every if model.is_control(i)}
+        self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
+        self.marks = [self.control_ids[m] for m in ("[INST]", "[/INST]") if m in self.control_ids]
         self.byte_of = {i: int(self.pieces[i][3:5], 16) for i in every if model.is_byte(i)}
         self.byte_ids = sorted(self.byte_of, key=self.byte_of.get)
         apart = {self.unk_id, *self.control, *self.byte_of}
@@ -174,6 +176,47 @@ class Tokenizer:
                 words = self.word.findall(part)
                 ids.extend(chain.from_iterable(map(self.words.__getitem__, words)))
         return ids + [self.eos_id] * eos
+
+    def encode_chat(self, messages):
+        """The ids of a conversation that awaits an answer, as Mistral's instruct models know it.
+
+            <s> [INST] user [/INST] assistant </s> [INST] user [/INST]
+
+        messages: {"role": "system" | "user" | "assistant", "content": str}: maybe a system text,
+        then user and assistant in turn, the user last. The marks are control ids where the file has
+        them (v2, v3) and plain text where it has not (v1, Mixtral 8x7B); the system text opens the
+        last user's message there, the first one's here. An assistant's content may be the ids it
+        drew, for they need not be those of their text. Raises ValueError for other messages.
+        """
+        system, turns = self._conversation(messages)
+        told, ids = len(turns) - 1 if self.marks else 0, [self.bos_id]
+        for n, (role, content) in enumerate(turns):
+            if role == "assistant":
+                if isinstance(content, str):
+                    content = self.encode(content.rstrip(" ") if self.marks else content, bos=False)
+                ids += [*content, self.eos_id]
+                continue
+            content = f"{system}\n\n{content}" if system and n == told else content
+            if self.marks:
+                ids += [self.marks[0], *self.encode(content, bos=False), self.marks[1]]
+            else:
+                ids += self.encode(f"[INST] {content} [/INST]", bos=False)
+        return ids
+
+    def _conversation(self, messages):
+        if "[SYSTEM_PROMPT]" in self.control_ids:
+            raise ValueError("chat: this tokenizer knows [SYSTEM_PROMPT], of a template later than "
+                             "Mixtral's (v1 to v3); encode the conversation with mistral-common")
+        turns = [(message["role"], message["content"]) for message in messages]
+        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
+        roles = [role for role, _ in turns]
+        if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
+            raise ValueError("chat: wanted an optional system message, then user, assistant, …, "
+                             f"user, got {', '.join(map(str, roles)) or 'none'}")
+        for role, content in [("system", system), *turns]:
+            if not isinstance(content, str) and not (role == "assistant" and type(content) is list):
+                raise ValueError(f"chat: content must be a str, got {type(content).__name__}")
+        return system, turns
 
     def decode(self, ids):
         """The text of ids: control ids print nothing, the unknown id ` ⁇ `, the dummy prefix goes.

@@ -59,8 +59,13 @@ def arguments():
     p.add_argument("--batch", type=int, default=16, help="rows of a step")
     p.add_argument("--steps", type=int, default=1500, help="optimiser steps")
     p.add_argument("--warmup", type=float, default=0.03, help="share of the steps with rising rate")
-    p.add_argument("--rate", type=float, default=3e-3, help="peak learning rate; decays to zero")
-    p.add_argument("--weight-decay", type=float, default=0.1, help="AdamW's, on matrices only")
+    p.add_argument("--decay", type=float, default=0.97,
+                   help="share of the steps, at the end, in which the rate falls to zero; before "
+                        "that the steps do not depend on how many there will be")
+    p.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
+    p.add_argument("--weight-decay", type=float, default=0.1, help="on matrices only")
+    p.add_argument("--optimiser", choices=("muon", "adamw"), default="muon",
+                   help="of the matrices inside the layers; all else learns by AdamW")
     p.add_argument("--balance", type=float, default=0.02, help="α of the load-balancing loss")
     p.add_argument("--seed", type=int, default=0, help="of the initial weights and the order")
     p.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
@@ -137,9 +142,9 @@ def balance_loss(layers, k):
 
 
 def rate_at(step, args):
-    """Linear up to the peak, then linear down to zero at the last step."""
-    warm = max(1, round(args.warmup * args.steps))
-    return args.rate * min((step + 1) / warm, (args.steps - step) / (args.steps - warm + 1))
+    """Linear up to the peak, level, then linear down to zero at the last step."""
+    warm, down = (max(1, round(share * args.steps)) for share in (args.warmup, args.decay))
+    return args.rate * min(1, (step + 1) / warm, (args.steps - step) / (down + 1))
 
 
 @torch.inference_mode()
@@ -162,13 +167,65 @@ def evaluate(model, stories, texts, seen):
     return bits / size, loads / loads.sum(1, keepdim=True)
 
 
-def make_optimiser(model, args):
-    """AdamW; norms and embeddings are scales, not maps, and are not decayed."""
-    decayed = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+def orthogonal(x, steps=5):
+    """Nearly U·Vᵀ of a matrix U·S·Vᵀ: every direction of it learns at the same pace.
+
+    Newton–Schulz: x ← a·x + b·(x·xᵀ)x + c·(x·xᵀ)²x pulls each singular value s into 0.7 … 1.2 by
+    s ← a·s + b·s³ + c·s⁵, with products alone. The numbers are Keller Jordan's (Muon, 2024).
+    """
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T, steps).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), x,
+                        beta=3.4445)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices: the gradient with momentum, made orthogonal.
+
+    A step is scaled to AdamW's usual size, 0.2 · rate in the root mean square (arXiv 2502.16982),
+    so that both optimisers share a rate.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:  # an expert that no token chose
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["mean"] = torch.zeros_like(weight)
+                mean = state["mean"].lerp_(weight.grad, 1 - momentum)
+                size = 0.2 * math.sqrt(max(weight.shape)) * rate
+                weight.mul_(1 - rate * group["weight_decay"])
+                weight.sub_(orthogonal(weight.grad.lerp(mean, momentum)), alpha=size)
+
+
+def make_optimisers(model, args):
+    """Muon for the maps inside the layers, AdamW for the rest: a router's rows are not directions.
+
+    Norms and embeddings are scales, not maps, and are not decayed.
+    """
+    inner, decayed, others = [], [], []
+    for name, weight in model.named_parameters():
+        if weight.ndim != 2 or "embed" in name:
+            others.append(weight)
+        elif args.optimiser == "adamw" or "gate" in name or "lm_head" in name:
+            decayed.append(weight)
+        else:
+            inner.append(weight)
     groups = [{"params": decayed, "weight_decay": args.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=args.rate, betas=(0.9, 0.95), fused=True)
+    return [Muon(inner, args.rate, args.weight_decay), adamw] if inner else [adamw]
 
 
 def autocast(args):
@@ -181,18 +238,19 @@ def autocast(args):
 def train(model, stories, args, say):
     """All steps from the last saved state on."""
     state_file = args.output / "state.pt"
-    optimiser, seen, first = make_optimiser(model, args), router_logits(model), 0
+    optimisers, seen, first = make_optimisers(model, args), router_logits(model), 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
         first = state["step"]
         say(f"continuing after step {first}")
     clock = time.perf_counter()
     for step in range(first, args.steps):
-        for group in optimiser.param_groups:
+        for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
             group["lr"] = rate_at(step, args)
-        loss, balance = one_step(model, optimiser, seen, step, stories, args)
+        loss, balance = one_step(model, optimisers, seen, step, stories, args)
         if (step + 1) % 20 == 0:
             speed = 20 * args.batch * args.context / (time.perf_counter() - clock)
             load = torch.stack([shares(x, model.config.num_experts_per_tok) for x in seen])
@@ -201,13 +259,13 @@ def train(model, stories, args, say):
             clock = time.perf_counter()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             part = state_file.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(),
-                        "step": step + 1}, part)
+            torch.save({"model": model.state_dict(), "step": step + 1,
+                        "optimisers": [optimiser.state_dict() for optimiser in optimisers]}, part)
             part.replace(state_file)
     return seen
 
 
-def one_step(model, optimiser, seen, step, stories, args):
+def one_step(model, optimisers, seen, step, stories, args):
     """One gradient: cross-entropy plus α times balance, clipped at norm 1. Returns both parts."""
     tokens, targets = batch_of(stories, step, args)
     seen.clear()
@@ -215,10 +273,11 @@ def one_step(model, optimiser, seen, step, stories, args):
         logits = model(tokens)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     balance = balance_loss(seen, model.config.num_experts_per_tok)
-    optimiser.zero_grad()
+    model.zero_grad()
     (loss + args.balance * balance).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
+    for optimiser in optimisers:
+        optimiser.step()
     return loss.item(), balance.item()
 
 
