@@ -490,21 +490,17 @@ def arguments(argv):
                    help="trace attention's scores and probabilities too, which are large")
     args = p.parse_args(argv)
     args.batch = "prompts" in args or args.num_samples > 1
-    for one, others in (("chat", ["prompts"]), ("trace", ["prompts", "chat"]),
-                        ("json", ["trace", "show_routing"]), ("num_samples", ["prompts"]),
-                        ("batch", ["trace", "show_routing", "routing_html"])):
-        if getattr(args, one, None) not in (None, False, 1):
-            for other in others:
-                if getattr(args, other, None) not in (None, False):
-                    name = "--num-samples or --prompts" if one == "batch" else flag(one)
-                    p.error(f"{name} does not go with {flag(other)}")
+    for one, given, others in (
+            ("--chat", args.chat, ["prompts"]), ("--json", args.json, ["show_routing"]),
+            ("--trace", "trace" in args, ["chat", "json", "show_routing", "routing_html"]),
+            ("--num-samples", args.num_samples > 1, ["prompts"]),
+            ("a batch", args.batch, ["trace", "show_routing", "routing_html"])):
+        for other in others if given else ():
+            if getattr(args, other, False) is not False:
+                p.error(f"{one} does not go with --{other.replace('_', '-')}")
     if args.chat and args.prompt is None and (args.json or args.logprobs or args.num_samples > 1):
         p.error("--json, --logprobs and --num-samples go with --chat only where --prompt is given")
     return args
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def layer_list(text):
@@ -647,9 +643,9 @@ def run(args):
     """Everything that was asked for, on standard output; what it took, on standard error."""
     check_sampling(args.temperature, args.top_p)
     check_whole("--max-new-tokens", args.max_new_tokens)
-    check_whole("--seed", (args.seed or 0) + args.num_samples - 1)
     if args.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {args.num_samples}")
+    check_whole("--seed", (args.seed or 0) + args.num_samples - 1)
     if "" in args.stop:
         raise ValueError("--stop: wanted a string that is not empty")
     if args.chat and args.prompt is None:
@@ -683,9 +679,9 @@ def write(args, tokenizer, model, texts, prompts):
     streaming = not (args.batch or args.json or args.logprobs or "show_routing" in args)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + args.max_new_tokens)
     interrupted, clock = False, Clock()
-    if streaming:
-        print(answers[0].prompt, end="", flush=True)
     try:
+        if streaming:
+            print(answers[0].prompt, end="", flush=True)
         seeds = [None if args.seed is None else args.seed + n for _, n in rows]
         for step in steps(model, prompts, args.max_new_tokens, args.temperature, args.top_p, seeds,
                           tokenizer.eos_id, cache, args.logprobs):
@@ -770,10 +766,11 @@ def converse(args, tokenizer, model):
     while True:
         try:
             line = input("> " if terminal else "")
-        except (EOFError, KeyboardInterrupt) as end:
+        except EOFError:
+            print(end="\n" if terminal else "", flush=True)
+            return 0
+        except KeyboardInterrupt:
             print(flush=True)
-            if isinstance(end, EOFError):
-                return 0
             continue
         command, _, rest = line.strip().partition(" ")
         if command == "/exit":

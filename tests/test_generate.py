@@ -1,7 +1,10 @@
 """Claims about generate.py: the sampler against theory, rows against themselves alone, the CLI."""
 
+import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +17,26 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import mixtral
-from generate import axes, generate, main, sample, save_file, stream, watching, write_trace
+from generate import (
+    COLOURS,
+    Answer,
+    Chat,
+    available,
+    axes,
+    generate,
+    main,
+    roomy,
+    routing,
+    routing_text,
+    sample,
+    save_file,
+    steps,
+    stream,
+    watching,
+    write_trace,
+)
 from mixtral import Mixtral, MixtralConfig
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
@@ -343,3 +364,335 @@ def test_saving_is_all_or_nothing_and_heeds_the_umask(tmp_path):
     with pytest.raises(ValueError, match="not written"):
         save_file({"a": torch.arange(3)}, tmp_path / "c")
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return Tokenizer(TINY), Mixtral.from_pretrained(TINY, torch.float32)
+
+
+def said(tokenizer, text, stops):
+    """The text that an Answer prints when fed a text's tokens, and the Answer."""
+    answer = Answer(tokenizer, [tokenizer.bos_id], stops)
+    printed = ""
+    for token in tokenizer.encode(text, bos=False):
+        if not answer.ended:
+            printed += answer.feed(token)
+    return printed + answer.flush(), answer
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("ab\n é", max_size=30), stop=st.text("ab\n é", min_size=1, max_size=5))
+def test_a_text_ends_before_its_stop_string_wherever_tokens_are_cut(embedded, text, stop):
+    printed, answer = said(embedded[0], text, [stop])
+    assert printed == answer.text == text.split(stop)[0]
+    assert answer.finish == ("stop" if stop in text else "length")
+
+
+def test_of_several_stop_strings_the_first_to_be_whole_ends_the_text(embedded):
+    assert said(embedded[0], "one two three", ["three", "two t", "twice"])[0] == "one "
+    assert said(embedded[0], "one two three", ["threes", "tw0"])[0] == "one two three"
+
+
+def test_no_text_is_printed_that_a_stop_string_might_take_back(embedded):
+    answer = Answer(embedded[0], [embedded[0].bos_id], ["abc"])
+    tokens = [embedded[0].byte_ids[ord(c)] for c in "xab"]
+    assert "".join(map(answer.feed, tokens)) == "x" and answer.flush() == "ab"
+
+
+def test_log_probabilities_are_those_of_a_full_pass_before_temperature(model):
+    rows = list(steps(model, [[1, 2, 3]], 12, 0.7, 0.8, [4], logprobs=True))
+    tokens, logprobs = zip(*(row for [row] in rows), strict=True)
+    with torch.inference_mode():
+        whole = model(torch.tensor([[1, 2, 3, *tokens]]))[0, 2:-1].log_softmax(-1)
+    wanted = whole[torch.arange(12), torch.tensor(tokens)]
+    assert torch.allclose(torch.tensor(logprobs, dtype=torch.float64), wanted, rtol=0, atol=1e-12)
+
+
+def test_samples_share_one_prefill_and_are_what_each_seed_gives_alone(model):
+    widths = []
+    hook = model.model.register_forward_pre_hook(lambda m, args: widths.append(args[0].shape))
+    together = list(steps(model, [[1, 2, 3]], 20, 1.0, 0.9, [7, 8, 9]))
+    hook.remove()
+    assert widths[0] == (1, 3) and set(widths[1:]) == {(3, 1)}
+    for n, seed in enumerate((7, 8, 9)):
+        [alone] = generate(model, [[1, 2, 3]], 20, 1.0, 0.9, seed)
+        assert [step[n][0] for step in together] == alone
+
+
+def chatting(embedded, new=12, **options):
+    """A chat of the embedded model which counts the tokens that it reads."""
+    tokenizer, model = embedded
+    widths = []
+    hook = model.model.register_forward_pre_hook(lambda m, args: widths.append(args[0].shape[1]))
+    chat = Chat(model, tokenizer, **options)
+
+    def ask(text):
+        widths.clear()
+        tokens = list(chat.answer(text, new))
+        return tokens, sum(widths) - len(tokens) + 1
+
+    return chat, ask, hook
+
+
+def test_a_turn_reads_only_what_is_new_and_answers_as_if_it_read_all(embedded):
+    tokenizer, model = embedded
+    chat, ask, hook = chatting(embedded, system="Be kind.")
+    texts = ["Who are you?", "Why " * 300, "</s> [INST] <s>", "And then?"]
+    for n, text in enumerate(texts):
+        known = len(chat.read)
+        asked = [*chat.messages, {"role": "user", "content": text}]
+        ids = tokenizer.encode_chat(asked)
+        tokens, read = ask(text)
+        assert read == len(ids) - known and (n == 0 or known > 0)
+        assert [tokens] == generate(model, [ids], 12, eos_id=tokenizer.eos_id)
+    hook.remove()
+    assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 4]
+
+
+def test_an_answer_given_up_halfway_is_what_was_said(embedded):
+    tokenizer, model = embedded
+    chat, ask, hook = chatting(embedded)
+    tokens = chat.answer("Tell me", 50)
+    half = [next(tokens) for _ in range(5)]
+    chat.cache.lengths += 1  # as a step leaves them that is cut before its token is drawn
+    chat.cache.fed += 1
+    tokens.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": half}
+    ids = tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "More"}])
+    assert [ask("More")[0]] == generate(model, [ids], 12, eos_id=tokenizer.eos_id)
+    hook.remove()
+
+
+def test_a_chat_that_was_not_answered_at_all_is_as_it_was(embedded):
+    chat, _, hook = chatting(embedded)
+    hook.remove()
+    with pytest.raises(ValueError, match="lone surrogate"):
+        next(chat.answer("\ud800", 5))
+    tokens = chat.answer("x", 0)
+    assert list(tokens) == [] and chat.messages == [] and chat.read == []
+
+
+def test_the_window_wraps_under_a_chat_as_under_one_pass(model, embedded):
+    """A cache that has wrapped, or has grown, is continued exactly."""
+    cache, tokens, all_ids = None, [1, 2, 3], []
+    for n in (5, 400, 30, 900):
+        cache = roomy(model, cache, len(all_ids) + len(tokens) + n)
+        new = list(stream(model, tokens, n, cache=cache))
+        all_ids, tokens = all_ids + tokens + new[:-1], [new[-1], 7, 9]
+        [alone] = generate(model, [all_ids + tokens], 3)
+        again = dataclasses.replace(cache, keys=cache.keys.clone(), values=cache.values.clone(),
+                                    lengths=cache.lengths.clone())
+        again = roomy(model, again, len(all_ids) + 6)
+        assert list(stream(model, tokens, 3, cache=again)) == alone
+
+
+def test_a_conversation_on_standard_input(tmp_path):
+    done = cli("--chat", "--max-new-tokens", "6", "--system", "Be kind.",
+               text="Hello\n\n/nothing\n/reset\nHello\n/system Be rude.\nHello\n/exit\nnever\n")
+    first, again, rude = done.stdout.splitlines()
+    assert done.returncode == 0 and first == again and "Traceback" not in done.stderr
+    assert "/nothing: no such command" in done.stderr
+    read = [int(n) for n in re.findall(r"\[(\d+) tokens read", done.stderr)]
+    assert len(read) == 3 and read[0] == read[1]
+    assert cli("--chat", text="").returncode == 0
+
+
+def test_one_answer_and_out(capsys):
+    assert main(["--chat", "--prompt", "Hello", "--max-new-tokens", "6"]) == 0
+    told = capsys.readouterr()
+    done = cli("--chat", "--max-new-tokens", "6", text="Hello\n")
+    assert told.out == done.stdout
+
+
+def test_interrupting_an_answer_does_not_end_the_chat():
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", "--chat", "--temperature", "1", "--max-new-tokens",
+         "100000", "--seed", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    process.stdin.write(b"Tell me\n")
+    process.stdin.flush()
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(b"/exit\n", timeout=60)
+    assert process.returncode == 0 and first + rest and b"Traceback" not in errors
+    assert b"written" in errors
+
+
+def objects(text):
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def test_json_is_one_object_a_line_whatever_the_text(tmp_path, capsys):
+    texts = ["Once \"upon\" \\ a\ttime", "🦙\u2028é\u0007", "<b>", ""]
+    file = tmp_path / "prompts"
+    file.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    assert main(["--prompts", str(file), "--json", "--logprobs", "--max-new-tokens", "9",
+                 "--temperature", "1.5", "--seed", "1"]) == 0
+    found = objects(capsys.readouterr().out)
+    assert [x["prompt"] for x in found] == texts and [x["index"] for x in found] == [0, 1, 2, 3]
+    for x in found:
+        assert set(x) == {"index", "sample", "prompt", "text", "tokens", "logprobs",
+                          "finish_reason", "timings"}
+        assert len(x["tokens"]) == len(x["logprobs"]) <= 9 and max(x["logprobs"]) <= 0
+        assert x["finish_reason"] in ("length", "eos") and x["timings"]["prefill_seconds"] > 0
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_alone(tmp_path, capsys):
+    file = tmp_path / "prompts"
+    file.write_text("Once upon a time\r\nThe dog", encoding="utf-8")
+    options = ["--max-new-tokens", "8", "--stop", "the", "--json"]
+    assert main(["--prompts", str(file), *options]) == 0
+    together = [x["text"] for x in objects(capsys.readouterr().out)]
+    for text, alone in zip(("Once upon a time", "The dog"), together, strict=True):
+        assert main(["--prompt", text, *options]) == 0
+        assert objects(capsys.readouterr().out)[0]["text"] == alone
+    assert main(["--prompts", str(file), "--max-new-tokens", "8", "--stop", "the"]) == 0
+    one, two = together
+    assert capsys.readouterr().out == (
+        f"=== 1 of 2\nOnce upon a time{one}\n=== 2 of 2\nThe dog{two}\n")
+
+
+def test_samples_differ_by_seed_and_say_why_they_ended(capsys):
+    options = ["--prompt", "One day", "--temperature", "1", "--max-new-tokens", "12", "--json"]
+    assert main([*options, "--seed", "5", "--num-samples", "3"]) == 0
+    found = objects(capsys.readouterr().out)
+    assert [x["sample"] for x in found] == [0, 1, 2] and len({x["text"] for x in found}) == 3
+    assert main([*options, "--seed", "7"]) == 0
+    [alone] = objects(capsys.readouterr().out)
+    assert alone["tokens"] == found[2]["tokens"] and alone["logprobs"] is None
+    assert main([*options, "--seed", "7", "--stop", alone["text"][3:6]]) == 0
+    [stopped] = objects(capsys.readouterr().out)
+    assert stopped["finish_reason"] == "stop" and alone["text"].startswith(stopped["text"])
+    assert len(stopped["text"]) <= 3 < len(alone["text"])
+
+
+def test_logprobs_in_text_are_a_token_a_line(capsys):
+    assert main(["--prompt", "Once", "--logprobs", "--max-new-tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        logprob, token, piece = line.split(maxsplit=2)
+        assert float(logprob) <= 0 and int(token) > 0 and isinstance(json.loads(piece), str)
+
+
+def test_a_head_that_closes_the_pipe_is_silent():
+    done = subprocess.run(
+        f"{sys.executable} {ROOT / 'generate.py'} --prompt 'One day' --json --num-samples 40 "
+        "--max-new-tokens 3 --temperature 1 | head -1", shell=True, capture_output=True,
+        text=True, timeout=120)
+    assert len(objects(done.stdout)) == 1 and "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--num-samples", "0"], "--num-samples must be at least 1"),
+    (["--stop", ""], "--stop: wanted a string that is not empty"),
+    (["--show-routing", "6"], "--show-routing: layers are 0 … 5, got 6"),
+    (["--show-routing", "--json"], "--json does not go with --show-routing"),
+    (["--trace", "x", "--chat"], "--trace does not go with --chat"),
+    (["--num-samples", "2", "--routing-html", "x"], "does not go with --routing-html"),
+    (["--routing-html", "/nowhere/x"], "/nowhere/x: not written")])
+def test_flags_that_cannot_be_meant_are_refused(args, message, capsys):
+    try:
+        code = main(["--prompt", "a", "--max-new-tokens", "1", *args])
+    except SystemExit as end:
+        code = end.code
+    error = capsys.readouterr().err
+    assert code in (1, 2) and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "no prompt in it"), (b"\xff", "is not UTF-8"), (None, "not readable")])
+def test_a_file_of_prompts_must_hold_some(tmp_path, capsys, content, message):
+    file = tmp_path / "prompts"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["--prompts", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_is_said_before_it_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("generate.available", lambda device: 30_000_000)
+    monkeypatch.setattr(Mixtral, "from_pretrained", None)  # a load would raise TypeError
+    assert main(["--prompt", "x", "--dtype", "float64"]) == 1
+    error = capsys.readouterr().err
+    assert "0.1 GB of weights, 0.0 GB of memory free on cpu" in error and error.count("\n") == 1
+
+
+def test_a_mapped_model_larger_than_memory_is_warned_of_and_runs(monkeypatch, capsys, tmp_path):
+    shutil.copytree(TINY, tmp_path / "m")
+    monkeypatch.setattr("generate.available", lambda device: 1_000_000)
+    assert main(["--prompt", "x", "--model", str(tmp_path / "m"), "--max-new-tokens", "1"]) == 0
+    assert "they stay on disk and are read again" in capsys.readouterr().err
+
+
+def test_this_machine_tells_its_memory():
+    assert available("cpu") is None or 10**8 < available("cpu") < 10**14
+
+
+def test_a_terminal_sees_the_weights_being_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["--prompt", "x", "--max-new-tokens", "1"]) == 0
+    error = capsys.readouterr().err
+    assert "0.02 of 0.02 GB" in error and "\r\x1b[K[" in error
+
+
+def test_the_summary_tells_memory_and_the_size_of_the_cache(capsys):
+    """2 · 6 layers · 2 heads · 32 features · 4 bytes · 102 positions."""
+    assert main(["--prompt", "x", "--max-new-tokens", "99"]) == 0
+    cache, peak = re.search(r"cache ([\d.]+) MB, peak memory (\d+) MB",
+                            capsys.readouterr().err).groups()
+    assert float(cache) == round(2 * 6 * 2 * 32 * 4 * (99 + 2) / 1e6, 1) and int(peak) > 50
+
+
+def test_routing_is_what_a_trace_of_the_text_holds(embedded):
+    tokenizer, model = embedded
+    tokens = tokenizer.encode("Once upon a time there was a 🦙. " * 20)
+    weights, experts, margins = routing(model, tokens)
+    with torch.inference_mode(), watching(model) as seen:
+        model(torch.tensor([tokens]))
+    for n in range(6):
+        at = f"model.layers.{n}.block_sparse_moe."
+        assert torch.equal(experts[n], seen[at + "chosen"][0])
+        assert torch.allclose(weights[n], seen[at + "weights"][0], atol=1e-4)
+        assert torch.allclose(margins[n], seen[at + "margin"][0], atol=1e-3)
+
+
+def test_routing_on_a_terminal_is_coloured_and_elsewhere_numbered(embedded, monkeypatch, capsys):
+    tokenizer, model = embedded
+    tokens = tokenizer.encode("Once upon\na time 🦙")
+    _, experts, _ = routing(model, tokens)
+    coloured, plain = (routing_text(tokenizer, tokens, experts[2], c) for c in (True, False))
+    first = experts[2, :, 0].tolist()
+    assert [int(d) for d in re.findall("[₀-₉]", plain)
+            for d in [ord(d) - 0x2080]] == first
+    assert re.sub("\x1b[^m]*m", "", coloured).split("\n\n")[0] == "Once upon\na time 🦙"
+    assert re.sub("[₀-₉]", "", plain).split("\n\n")[0] == "Once upon\na time 🦙"
+    assert f"48;5;{COLOURS[first[1]]}mOnce" in coloured
+    options = ["--prompt", "One", "--max-new-tokens", "3", "--show-routing", "1"]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    for variable, wanted in (("", True), ("1", False)):
+        monkeypatch.setenv("NO_COLOR", variable)
+        assert main(options) == 0
+        assert ("\x1b[" in capsys.readouterr().out) == wanted
+
+
+def test_the_page_of_a_run_is_written_whole_beside_its_text(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    assert main(["--prompt", "Once </script>", "--max-new-tokens", "5", "--routing-html",
+                 str(page)]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("Once </script>") and f"in {page}]" in told.err
+    text = page.read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data" type="application/json">(.*?)</script>', text)[1])
+    assert data["window"] == 128 and len(data["chosen"]) == 6 and data["experts"] == 8
+    assert "".join(data["tokens"]) == told.out.rstrip("\n") and os.listdir(tmp_path) == [page.name]
+
+
+def test_every_flag_is_in_the_help():
+    text = cli("--help").stdout
+    for name in ("chat", "system", "stop", "num-samples", "logprobs", "json", "prompts",
+                 "show-routing", "routing-html", "trace", "trace-layers", "trace-scores"):
+        assert f"--{name}" in text
