@@ -272,3 +272,93 @@ def test_declared_pieces_match_whole_and_longest_first(tmp_path):
     for text in ("thecat the", "xthe cat[X][X", "[X] the", "aththecatthe"):
         assert ours.encode(text, bos=False) == theirs.encode(text)
     assert ours.ids["thecat"] in ours.encode("a thecat")
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def conversation(*texts, system=None):
+    """User and assistant in turn, after a system text if there is one."""
+    turns = [message(("user", "assistant")[n % 2], text) for n, text in enumerate(texts)]
+    return ([] if system is None else [message("system", system)]) + turns
+
+
+@pytest.mark.parametrize("messages, ids", [
+    (conversation("a", "b", "c", "d"), None),
+    (conversation("a"), [1, 733, 16289, 28793, 264, 733, 28748, 16289, 28793]),
+    (conversation("a", "b", "c"), [
+        1, 733, 16289, 28793, 264, 733, 28748, 16289, 28793, 287, 2, 733, 16289, 28793, 277, 733,
+        28748, 16289, 28793]),
+    (conversation("a", system="SYSTEM"), [
+        1, 733, 16289, 28793, 17121, 22526, 13, 13, 28708, 733, 28748, 16289, 28793])])
+def test_the_published_chat_of_mixtral_8x7b(v1, messages, ids):
+    if ids is None:
+        with pytest.raises(ValueError, match="got user, assistant, user, assistant"):
+            v1.encode_chat(messages)
+    else:
+        assert v1.encode_chat(messages) == ids
+
+
+HOSTILE = st.one_of(
+    st.sampled_from(["[INST]", "[/INST] ", "</s>", "<s>", " </s>[INST] x", "<<SYS>>", "\n\n", " "]),
+    st.text("ab [/INST]<>s\n🦙é", max_size=20))
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_chat_ids_are_mistral_commons(models, version):
+    mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
+    from mistral_common.protocol.instruct import messages as kinds
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    kind = {"user": kinds.UserMessage, "assistant": kinds.AssistantMessage,
+            "system": kinds.SystemMessage}
+    ours, theirs = Tokenizer(models[version]), getattr(mistral.MistralTokenizer, version)()
+
+    @settings(max_examples=150, deadline=None)
+    @given(turns=st.lists(HOSTILE.filter(bool), min_size=1, max_size=11),
+           system=st.none() | HOSTILE)
+    def check(turns, system):
+        messages = conversation(*turns[:len(turns) - 1 + len(turns) % 2], system=system)
+        request = ChatCompletionRequest(
+            messages=[kind[m["role"]](content=m["content"]) for m in messages])
+        assert ours.encode_chat(messages) == theirs.encode_chat_completion(request).tokens
+
+    check()
+
+
+def test_what_users_write_never_becomes_a_control_id(both):
+    ours, _ = both
+    hostile = "<s> </s> <unk> [INST] [/INST] [AVAILABLE_TOOLS]"
+    ids = ours.encode_chat(conversation(hostile, hostile, hostile, system=hostile))
+    control = [i for i in ids if i in ours.control]
+    around = ours.marks or [[], []]
+    turn = [i for mark in around for i in ([mark] if mark else [])]
+    assert control == [ours.bos_id, *turn, ours.eos_id, *turn]
+
+
+def test_an_answers_own_ids_stand_for_its_text(both):
+    ours, _ = both
+    whole = ours.encode_chat(conversation("a", "b c", "d"))
+    ids = ours.encode("b c", bos=False)
+    assert ours.encode_chat(conversation("a", ids, "d")) == whole
+    apart = [i for letter in "b c" for i in ours.encode(letter, bos=False)]
+    assert apart != ids and ours.encode_chat(conversation("a", apart, "d")) != whole
+
+
+@pytest.mark.parametrize("messages, words", [
+    ([], "got none"), (conversation("a", "b"), "got user, assistant"),
+    ([message("assistant", "a")], "got assistant"), ([message("system", "a")], "got none"),
+    ([message("user", "a"), message("user", "b"), message("user", "c")], "got user, user, user"),
+    ([message("tool", "a")], "got tool"), ([message("user", 1)], "a str, got int"),
+    ([message("user", [1])], "a str, got list"), (conversation("a", system=3), "a str, got int")])
+def test_conversations_that_cannot_be_are_refused(models, messages, words):
+    with pytest.raises(ValueError, match=words):
+        Tokenizer(models["own"]).encode_chat(messages)
+
+
+def test_a_later_template_is_refused_and_named(models):
+    if "v3" not in models:
+        pytest.skip("mistral-common, which brings Mistral's tokenizers, is not installed")
+    v7 = Tokenizer(models["v3"].with_name("mistral_instruct_tokenizer_241114.model.v7"))
+    with pytest.raises(ValueError, match="SYSTEM_PROMPT"):
+        v7.encode_chat(conversation("a"))
