@@ -186,84 +186,6 @@ def test_nothing_to_do_gives_nothing(model):
     assert generate(model, [], 5) == [] and generate(model, [[1]], 0) == [[]]
 
 
-def cli(*args, text="", **options):
-    """generate.py in a process of its own, as a user runs it."""
-    return subprocess.run([sys.executable, ROOT / "generate.py", *args], capture_output=True,
-                          input=text, text=True, timeout=120, **options)
-
-
-def test_the_embedded_model_tells_a_story_and_sums_up_in_one_line():
-    done = cli("--prompt", "Once upon a time", "--max-new-tokens", "40")
-    assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
-    assert len(done.stdout.split()) > 20 and done.stderr.count("\n") == 1
-    assert "tokens/s" in done.stderr
-    again = cli(text="Once upon a time\n").stdout
-    assert again.startswith(done.stdout.rstrip("\n"))
-
-
-def test_seeded_draws_on_the_command_line_repeat():
-    args = ("--prompt", "One day", "--temperature", "0.8", "--top-p", "0.9",
-            "--max-new-tokens", "8")
-    texts = [cli(*args, "--seed", seed).stdout for seed in ("1", "1", "2")]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_help_shows_every_default():
-    text = cli("--help").stdout
-    for flag in ("--prompt", "--model", "--max-new-tokens", "--temperature", "--top-p", "--seed",
-                 "--dtype", "--device"):
-        assert flag in text
-    assert "default: 300" in text and "default: 0.0" in text and "default: 1.0" in text
-
-
-@pytest.mark.parametrize("args, message", [
-    (["--model", "/nowhere"], "/nowhere: wanted a directory"),
-    (["--temperature", "-1"], "temperature must be"),
-    (["--top-p", "0"], "top_p must be"),
-    (["--max-new-tokens", "-3"], "--max-new-tokens must be"),
-    (["--seed", "-3"], "--seed must be"),
-    (["--device", "abacus"], "--device abacus: not usable here"),
-    (["--prompt", b"\xff"], "lone surrogate"),
-    (["--max-new-tokens", "many"], "invalid int value: 'many'"),
-    (["--dtype", "int3"], "invalid choice: 'int3'"),
-    (["--colour"], "unrecognized arguments: --colour")])
-def test_bad_input_gets_one_line_and_a_non_zero_exit(args, message):
-    done = cli(*args, *([] if "--prompt" in args else ["--prompt", "a"]))
-    assert done.returncode in (1, 2) and done.stdout == ""
-    assert done.stderr.startswith("generate.py: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
-
-
-def test_standard_input_must_be_text():
-    done = subprocess.run([sys.executable, ROOT / "generate.py"], input=b"\xff\xfe",
-                          capture_output=True, timeout=120)
-    assert done.returncode == 1 and b"standard input is not UTF-8" in done.stderr
-    assert done.stderr.count(b"\n") == 1
-
-
-def start(*args):
-    return subprocess.Popen([sys.executable, ROOT / "generate.py", "--prompt", "Once upon a time",
-                             "--temperature", "1", *args],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_interrupting_ends_cleanly_with_what_was_said():
-    process = start("--max-new-tokens", "100000", "--seed", "0")
-    said = os.read(process.stdout.fileno(), 100)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
-    assert said.startswith(b"Once") and (said + rest).endswith(b"\n")
-    assert process.returncode in (0, 130) and b"Traceback" not in errors and b"written" in errors
-
-
-def test_a_closed_pipe_is_no_error():
-    process = start("--max-new-tokens", "60")
-    os.read(process.stdout.fileno(), 1)
-    process.stdout.close()
-    assert (process.wait(timeout=60), process.stderr.read()) == (0, b"")
-    process.stderr.close()
-
-
 def traced(path):
     with safe_open(path, framework="pt") as file:
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
@@ -366,6 +288,15 @@ def test_saving_is_all_or_nothing_and_heeds_the_umask(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
 
 
+def ended(args, capsys):
+    """Exit code and output of a command line, run in this process."""
+    try:
+        code = main(args)
+    except SystemExit as end:
+        code = end.code
+    return code, capsys.readouterr()
+
+
 @pytest.fixture(scope="module")
 def embedded():
     return Tokenizer(TINY), Mixtral.from_pretrained(TINY, torch.float32)
@@ -391,6 +322,7 @@ def test_a_text_ends_before_its_stop_string_wherever_tokens_are_cut(embedded, te
 
 def test_of_several_stop_strings_the_first_to_be_whole_ends_the_text(embedded):
     assert said(embedded[0], "one two three", ["three", "two t", "twice"])[0] == "one "
+    assert said(embedded[0], "one two three", ["two", "e t"])[0] == "on"
     assert said(embedded[0], "one two three", ["threes", "tw0"])[0] == "one two three"
 
 
@@ -487,38 +419,6 @@ def test_the_window_wraps_under_a_chat_as_under_one_pass(model, embedded):
         assert list(stream(model, tokens, 3, cache=again)) == alone
 
 
-def test_a_conversation_on_standard_input(tmp_path):
-    done = cli("--chat", "--max-new-tokens", "6", "--system", "Be kind.",
-               text="Hello\n\n/nothing\n/reset\nHello\n/system Be rude.\nHello\n/exit\nnever\n")
-    first, again, rude = done.stdout.splitlines()
-    assert done.returncode == 0 and first == again and "Traceback" not in done.stderr
-    assert "/nothing: no such command" in done.stderr
-    read = [int(n) for n in re.findall(r"\[(\d+) tokens read", done.stderr)]
-    assert len(read) == 3 and read[0] == read[1]
-    assert cli("--chat", text="").returncode == 0
-
-
-def test_one_answer_and_out(capsys):
-    assert main(["--chat", "--prompt", "Hello", "--max-new-tokens", "6"]) == 0
-    told = capsys.readouterr()
-    done = cli("--chat", "--max-new-tokens", "6", text="Hello\n")
-    assert told.out == done.stdout
-
-
-def test_interrupting_an_answer_does_not_end_the_chat():
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "generate.py", "--chat", "--temperature", "1", "--max-new-tokens",
-         "100000", "--seed", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE)
-    process.stdin.write(b"Tell me\n")
-    process.stdin.flush()
-    first = os.read(process.stdout.fileno(), 1)
-    process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(b"/exit\n", timeout=60)
-    assert process.returncode == 0 and first + rest and b"Traceback" not in errors
-    assert b"written" in errors
-
-
 def objects(text):
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
@@ -576,15 +476,6 @@ def test_logprobs_in_text_are_a_token_a_line(capsys):
         assert float(logprob) <= 0 and int(token) > 0 and isinstance(json.loads(piece), str)
 
 
-def test_a_head_that_closes_the_pipe_is_silent():
-    done = subprocess.run(
-        f"{sys.executable} {ROOT / 'generate.py'} --prompt 'One day' --json --num-samples 40 "
-        "--max-new-tokens 3 --temperature 1 | head -1", shell=True, capture_output=True,
-        text=True, timeout=120)
-    assert len(objects(done.stdout)) == 1 and "Traceback" not in done.stderr
-    assert "Broken pipe" not in done.stderr
-
-
 @pytest.mark.parametrize("args, message", [
     (["--num-samples", "0"], "--num-samples must be at least 1"),
     (["--stop", ""], "--stop: wanted a string that is not empty"),
@@ -594,12 +485,8 @@ def test_a_head_that_closes_the_pipe_is_silent():
     (["--num-samples", "2", "--routing-html", "x"], "does not go with --routing-html"),
     (["--routing-html", "/nowhere/x"], "/nowhere/x: not written")])
 def test_flags_that_cannot_be_meant_are_refused(args, message, capsys):
-    try:
-        code = main(["--prompt", "a", "--max-new-tokens", "1", *args])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code in (1, 2) and message in error and error.count("\n") == 1
+    code, told = ended(["--prompt", "a", "--max-new-tokens", "1", *args], capsys)
+    assert code in (1, 2) and message in told.err and told.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("content, message", [
@@ -689,6 +576,127 @@ def test_the_page_of_a_run_is_written_whole_beside_its_text(tmp_path, capsys):
     data = json.loads(re.search('id="data" type="application/json">(.*?)</script>', text)[1])
     assert data["window"] == 128 and len(data["chosen"]) == 6 and data["experts"] == 8
     assert "".join(data["tokens"]) == told.out.rstrip("\n") and os.listdir(tmp_path) == [page.name]
+
+
+def cli(*args, text="", **options):
+    """generate.py in a process of its own, as a user runs it."""
+    return subprocess.run([sys.executable, ROOT / "generate.py", *args], capture_output=True,
+                          input=text, text=True, timeout=120, **options)
+
+
+def test_the_embedded_model_tells_a_story_and_sums_up_in_one_line():
+    done = cli("--prompt", "Once upon a time", "--max-new-tokens", "40")
+    assert done.returncode == 0 and done.stdout.startswith("Once upon a time")
+    assert len(done.stdout.split()) > 20 and done.stderr.count("\n") == 1
+    assert "tokens/s" in done.stderr
+    again = cli(text="Once upon a time\n").stdout
+    assert again.startswith(done.stdout.rstrip("\n"))
+
+
+def test_seeded_draws_on_the_command_line_repeat(capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert main(["--prompt", "One day", "--temperature", "0.8", "--top-p", "0.9",
+                     "--max-new-tokens", "8", "--seed", seed]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_help_shows_every_default():
+    text = cli("--help").stdout
+    for flag in ("--prompt", "--model", "--max-new-tokens", "--temperature", "--top-p", "--seed",
+                 "--dtype", "--device"):
+        assert flag in text
+    assert "default: 300" in text and "default: 0.0" in text and "default: 1.0" in text
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--model", "/nowhere"], "/nowhere: wanted a directory"),
+    (["--temperature", "-1"], "temperature must be"),
+    (["--top-p", "0"], "top_p must be"),
+    (["--max-new-tokens", "-3"], "--max-new-tokens must be"),
+    (["--seed", "-3"], "--seed must be"),
+    (["--device", "abacus"], "--device abacus: not usable here"),
+    (["--prompt", "\udcff"], "lone surrogate"),
+    (["--max-new-tokens", "many"], "invalid int value: 'many'"),
+    (["--dtype", "int3"], "invalid choice: 'int3'"),
+    (["--colour"], "unrecognized arguments: --colour")])
+def test_bad_input_gets_one_line_and_a_non_zero_exit(args, message, capsys):
+    code, told = ended([*args, *([] if "--prompt" in args else ["--prompt", "a"])], capsys)
+    assert code in (1, 2) and told.out == ""
+    assert told.err.startswith("generate.py: ") and told.err.count("\n") == 1
+    assert message in told.err
+
+
+def test_standard_input_must_be_text():
+    done = subprocess.run([sys.executable, ROOT / "generate.py"], input=b"\xff\xfe",
+                          capture_output=True, timeout=120)
+    assert done.returncode == 1 and b"standard input is not UTF-8" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def start(*args):
+    return subprocess.Popen([sys.executable, ROOT / "generate.py", "--prompt", "Once upon a time",
+                             "--temperature", "1", *args],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_interrupting_ends_cleanly_with_what_was_said():
+    process = start("--max-new-tokens", "100000", "--seed", "0")
+    said = os.read(process.stdout.fileno(), 100)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert said.startswith(b"Once") and (said + rest).endswith(b"\n")
+    assert process.returncode in (0, 130) and b"Traceback" not in errors and b"written" in errors
+
+
+def test_a_closed_pipe_is_no_error():
+    process = start("--max-new-tokens", "60")
+    os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (0, b"")
+    process.stderr.close()
+
+
+def test_a_conversation_on_standard_input(tmp_path):
+    done = cli("--chat", "--max-new-tokens", "6", "--system", "Be kind.",
+               text="Hello\n\n/nothing\n/reset\nHello\n/system Be rude.\nHello\n/exit\nnever\n")
+    first, again, rude = done.stdout.splitlines()
+    assert done.returncode == 0 and first == again and "Traceback" not in done.stderr
+    assert "/nothing: no such command" in done.stderr
+    read = [int(n) for n in re.findall(r"\[(\d+) tokens read", done.stderr)]
+    assert len(read) == 3 and read[0] == read[1]
+    assert cli("--chat", text="").returncode == 0
+
+
+def test_one_answer_and_out(capsys):
+    assert main(["--chat", "--prompt", "Hello", "--max-new-tokens", "6"]) == 0
+    told = capsys.readouterr()
+    done = cli("--chat", "--max-new-tokens", "6", text="Hello\n")
+    assert told.out == done.stdout
+
+
+def test_interrupting_an_answer_does_not_end_the_chat():
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", "--chat", "--temperature", "1", "--max-new-tokens",
+         "100000", "--seed", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE)
+    process.stdin.write(b"Tell me\n")
+    process.stdin.flush()
+    first = os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(b"/exit\n", timeout=60)
+    assert process.returncode == 0 and first + rest and b"Traceback" not in errors
+    assert b"written" in errors
+
+
+def test_a_head_that_closes_the_pipe_is_silent():
+    done = subprocess.run(
+        f"{sys.executable} {ROOT / 'generate.py'} --prompt 'One day' --json --num-samples 40 "
+        "--max-new-tokens 3 --temperature 1 | head -1", shell=True, capture_output=True,
+        text=True, timeout=120)
+    assert len(objects(done.stdout)) == 1 and "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
 
 
 def test_every_flag_is_in_the_help():
