@@ -54,6 +54,9 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 
     The nucleus is the smallest set of likeliest tokens whose mass reaches top_p; it is never
     empty. Of equal logits the lower id counts as the likelier. Raises ValueError for NaN logits.
+
+    >>> sample(torch.tensor([1.0, 3.0, 3.0]))
+    tensor(1)
     """
     check_sampling(temperature, top_p)
     if logits.isnan().any():
@@ -399,9 +402,9 @@ def routing(model, tokens):
 
 
 def pieces(tokenizer, tokens):
-    """The text that each token adds; a character's bytes are all with the last of them."""
-    decoder = tokenizer.stream()
-    texts = [decoder.feed(token) for token in tokens]
+    """What to show for each token: its text, a character's bytes at the last of them, or <s>."""
+    decoder, control = tokenizer.stream(), tokenizer.control
+    texts = [decoder.feed(t) + (tokenizer.pieces[t] if t in control else "") for t in tokens]
     return [*texts[:-1], texts[-1] + decoder.flush()]
 
 
@@ -760,6 +763,8 @@ def converse(args, tokenizer, model):
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  input() then edits the line and remembers earlier ones
+    if args.model == TINY:
+        print("[the embedded model was not taught to answer; it tells stories]", file=sys.stderr)
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     chat = Chat(model, tokenizer, system, **sampling)

@@ -210,6 +210,9 @@ def visible(queries, keys, window):
     queries (B, S), keys (B, T) -> (B, S, T)
 
     It compares positions, so it holds for any chunk of a text; a negative j is an empty slot.
+
+    >>> visible(torch.tensor([[3]]), torch.tensor([[-1, 0, 1, 2, 3, 4]]), window=2).int().tolist()
+    [[[0, 0, 0, 1, 1, 0]]]
     """
     i, j = queries[:, :, None], keys[:, None, :]
     causal = (j >= 0) & (j <= i)
@@ -254,6 +257,12 @@ class Cache:
         """The latest position p ≤ last with p mod C = slot, for each used slot; negative: empty.
 
         last (B) -> (B, T)
+
+        After 300 tokens, 0 … 299, fed one by one under W = 128, C is 128 and slot 3 holds 259:
+
+        >>> cache = Cache(torch.empty(1, 1, 1, 128, 2), None, None, 300, chunk=1, fed=300)
+        >>> cache.held(torch.tensor([299]))[0, 3:5].tolist()
+        [259, 260]
         """
         C = self.keys.shape[3]
         last, used = last[:, None], min(C, self.fed)
@@ -311,7 +320,12 @@ def route(logits, k):
     logits (N, E) -> (N, k), (N, k)
 
     Weights come first, in at least float32, largest first, and sum to one; experts are their
-    indices. Of equal logits the lowest index wins: the sort is stable, which topk is not.
+    indices. Of equal logits the lowest index wins: the sort is stable, which topk is not. To choose
+    before the softmax is to renormalise after it: the sum over all E cancels.
+
+    >>> weights, experts = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), k=3)
+    >>> experts.tolist(), [round(w, 4) for w in weights[0].tolist()]
+    ([[1, 3, 2]], [0.4223, 0.4223, 0.1554])
     """
     chosen, experts = logits.sort(dim=-1, descending=True, stable=True)
     experts = probe("chosen", experts[:, :k])

@@ -36,6 +36,9 @@ def merge(word, scores):
 
     The heap may hold pairs that a later merge has broken up: a pair is still whole exactly when
     its left symbol lives and its two symbols together have the length they had when it was pushed.
+
+    >>> merge("abcab", {"bc": -0.0, "ab": -1.0, "abc": -2.0})
+    ['abc', 'ab']
     """
     symbols, end = list(word), len(word)
     after, before = list(range(1, end + 1)), list(range(-1, end - 1))

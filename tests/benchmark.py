@@ -2,11 +2,11 @@
 
 start: `generate.py --prompt x --max-new-tokens 1` beside `python -c "import torch"`.
 load: seconds after the imports, and the most memory that no file backs, in a process of its own.
-speed: a random Mixtral of 0.79 B parameters; a prompt is read (prefill) and 32 tokens a row are
-    written (decode: their time less the prompt's), through `generate` of each side.
+speed: a random Mixtral of 0.79 B parameters: reading a prompt (prefill) and writing 32 more tokens
+    a row (decode), greedily; a row of over 2,000 tokens is measured once and not warmed up.
 tiny: the same of the embedded checkpoint, which is Python's and PyTorch's overhead per token.
 long: a text of 8 times the length under a window of 512; cache and memory; many window wraps.
-tokenizer: English (the manual inside Python), each side with nothing remembered; hostile text.
+tokenizer: English (the manual inside Python), with no word remembered and again; hostile text.
 convert: convert.py beside `cp -r`; not among the default, for its disk.
 
 Sides take turns, round by round, and medians are shown. `transformers` runs with the faster of its
@@ -49,7 +49,7 @@ sys.path.insert(0, str(ROOT))
 
 import sentencepiece
 
-from generate import FORMAT, generate, save_file
+from generate import FORMAT, save_file, steps
 from mixtral import Mixtral, MixtralConfig
 from tokenizer import Tokenizer
 
@@ -133,17 +133,30 @@ def peer_model(directory, dtype):
 
 
 def writer(model, experts=None):
-    """A function that reads prompts (B, S) and writes n tokens a row, of either side's model."""
-    if isinstance(model, Mixtral):
-        return lambda tokens, n: generate(model, tokens.tolist(), n)
+    """A function of prompts (B, S) and n: seconds until the first of n tokens a row, and the rest.
 
-    def write(tokens, n):
+    Of either side: through `steps`, or `generate` of transformers, whose tokens a processor times.
+    """
+    def ours(tokens, n):
+        times = [time.perf_counter()]
+        for _ in steps(model, tokens.tolist(), n, seeds=[None] * len(tokens)):
+            times.append(time.perf_counter())
+        return times[1] - times[0], times[-1] - times[1]
+
+    def theirs(tokens, n):
+        def stamp(ids, scores):
+            times.append(time.perf_counter())
+            return scores
+
         model.set_experts_implementation(experts)
+        times = [time.perf_counter()]
         with torch.inference_mode():
-            return model.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                                  attention_mask=torch.ones_like(tokens), pad_token_id=0)
+            model.generate(tokens, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                           attention_mask=torch.ones_like(tokens), pad_token_id=0,
+                           logits_processor=[stamp])
+        return times[1] - times[0], times[-1] - times[1]
 
-    return write
+    return ours if isinstance(model, Mixtral) else theirs
 
 
 def sides(directory, dtype):
@@ -155,10 +168,20 @@ def sides(directory, dtype):
     return found
 
 
-def rate(taken, tokens):
-    """Tokens a second of this project and of the fastest peer."""
-    peers = [seconds for name, seconds in taken.items() if name != "this"]
-    return tokens / taken["this"], tokens / min(peers) if peers else None
+def rates(running, rounds, tokens, n, read):
+    """Tokens a second of this project and of the fastest peer, reading a prompt or writing."""
+    seconds = {name: [] for name in running}
+    for turn in range(-1, rounds):
+        for name, run in running.items():
+            reading, writing = run(tokens, n)
+            if turn >= 0 or tokens.numel() > 2000:  # the first turn warms up, where it is short
+                seconds[name].append(reading if read else writing)
+        if tokens.numel() > 2000:
+            break
+    taken = {name: statistics.median(each) for name, each in seconds.items()}
+    count = tokens.numel() if read else (n - 1) * len(tokens)
+    peers = [taken[name] for name in taken if name != "this"]
+    return count / taken["this"], count / min(peers) if peers else None
 
 
 def token_weights(config, rows=1):
@@ -177,22 +200,18 @@ def token_weights(config, rows=1):
 def decoding(name, running, config, dtype, read, rounds, rows=1, context=64):
     """One row: tokens a second that all rows together write after a context."""
     tokens = torch.randint(3, config.vocab_size, (rows, context))
-    taken = in_turns(rounds, **{f"{side} {n}": lambda run=run, n=n: run(tokens, n)
-                                for side, run in running.items() for n in (1, 1 + NEW)})
-    spent = {side: taken[f"{side} {1 + NEW}"] - taken[f"{side} 1"] for side in running}
     held = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     wanted = (token_weights(config, rows) + rows * context * held) * dtype.itemsize
     return row(f"{name}: decode, {rows} row{'s' * (rows > 1)} after {context}", "tokens/s",
-               *rate(spent, NEW * rows), rows * read / wanted)
+               *rates(running, rounds, tokens, 1 + NEW, False), rows * read / wanted)
 
 
 def prefill(name, running, config, dtype, flops, rounds, S):
     """One row: tokens a second of reading a prompt."""
     tokens = torch.randint(3, config.vocab_size, (1, S))
-    taken = in_turns(rounds, **{s: lambda run=run: run(tokens, 1) for s, run in running.items()})
     weights = token_weights(config) - config.hidden_size * config.vocab_size
     mixing = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * S / 2
-    return row(f"{name}: prefill {S}", "tokens/s", *rate(taken, S),
+    return row(f"{name}: prefill {S}", "tokens/s", *rates(running, rounds, tokens, 1, True),
                flops[dtype] / (2 * (weights + mixing)))
 
 
@@ -200,18 +219,18 @@ def speed(rounds, directory, read, flops):
     source = saved(MIDDLE, directory / "middle")
     for dtype in (torch.bfloat16, torch.float32):
         name, running = f"0.79 B {str(dtype)[6:]}", sides(source, dtype)
-        for S in (64, 512):
+        for S in (64, 512, 4096):
             yield prefill(name, running, MIDDLE, dtype, flops, rounds, S)
-        for rows, context in ((1, 64), (4, 64), (16, 64), (1, 4096)):
-            ours = {k: v for k, v in running.items() if k != "eager"} if context > 64 else running
-            yield decoding(name, ours, MIDDLE, dtype, read, 1 if context > 64 else rounds, rows,
-                           context)
+        for rows, context in ((1, 64), (4, 64), (16, 64)):
+            yield decoding(name, running, MIDDLE, dtype, read, rounds, rows, context)
+        one = {side: running[side] for side in ("this", "grouped_mm") if side in running}
+        yield decoding(name, one, MIDDLE, dtype, read, rounds, 1, 4096)
 
 
 def tiny(rounds, directory, read, flops):
+    config = Mixtral.from_pretrained(ROOT / "tiny").config
     for dtype in (torch.float32, torch.bfloat16):
         running = sides(ROOT / "tiny", dtype)
-        config = Mixtral.from_pretrained(ROOT / "tiny").config
         yield prefill(f"embedded {str(dtype)[6:]}", running, config, dtype, flops, rounds, 64)
         yield decoding(f"embedded {str(dtype)[6:]}", running, config, dtype, read, rounds, 1, 64)
 
@@ -221,15 +240,15 @@ def long(rounds, directory, read, flops):
     model = random_weights(config, torch.float32)
     write, tokens = writer(model), torch.randint(3, config.vocab_size, (1, 8192))
     taken = in_turns(1, short=lambda: write(tokens[:, :1024], 1), long=lambda: write(tokens, 1))
-    yield row("seconds, 8,192 tokens under a window of 512 beside 1,024", "s", taken["long"],
+    yield row("read 8,192 tokens under a window of 512, beside 1,024", "s", taken["long"],
               taken["short"])
     caches = [model.new_cache(1, n).keys.nbytes * 2 / 1e6 for n in (8192, 1024)]
-    yield row("cache, 8,192 tokens beside 1,024", "MB", *caches)
+    yield row("the cache of both", "MB", *caches)
     config = dataclasses.replace(config, hidden_size=256, intermediate_size=256, sliding_window=32)
     write = writer(random_weights(config, torch.float32))
     start = tokens[:, :8]
     taken = in_turns(rounds, first=lambda: write(start, 200), all=lambda: write(start, 1600))
-    yield row("tokens/s, 1,600 tokens (5 buffers of 287) beside the first 200", "tokens/s",
+    yield row("write 1,600 tokens, 5 times round the buffer, beside the first 200", "tokens/s",
               1600 / taken["all"], 200 / taken["first"])
 
 
@@ -285,7 +304,7 @@ def load(rounds, directory, read, flops):
 
 
 def manual():
-    """Two megabytes of English that every Python holds: its language manual, repeated by topic."""
+    """Near half a megabyte of English that every Python holds: its language manual."""
     from pydoc_data.topics import topics
     text = "\n".join(topics[name] for name in sorted(topics))
     return re.sub(r"[ \n]+", " ", text)

@@ -89,3 +89,33 @@ def test_equal_load_has_the_least_balance_loss_and_collapse_the_largest():
     even = torch.eye(4) * 50
     assert torch.isclose(train.balance_loss([even], 1), torch.tensor(1.0))
     assert torch.isclose(train.balance_loss([even[:1].expand(4, 4)], 1), torch.tensor(4.0))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_an_orthogonal_step_keeps_directions_and_evens_out_their_sizes(shape):
+    torch.manual_seed(0)
+    u, s, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    s = torch.linspace(1, 0.1, len(s))
+    step = train.orthogonal(u @ s.diag() @ v)
+    sizes = u.T @ step @ v.T
+    assert (sizes - sizes.diag().diag()).abs().max() < 1e-4
+    assert 0.6 < sizes.diag().min() and sizes.diag().max() < 1.25
+
+
+def test_muon_moves_a_weight_by_hand_and_leaves_an_unvisited_one_alone():
+    """Size 0.2 · √3 · rate; the first mean is 0.05 · g, a multiple of g: the direction is g's."""
+    weight, idle = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    weight.grad = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    train.Muon([weight, idle], lr=0.1, weight_decay=0.5).step()
+    moved = 0.1 * 0.2 * 3**0.5 * train.orthogonal(weight.grad)
+    assert torch.allclose(weight, 0.95 * torch.ones(2, 3) - moved, atol=1e-6)
+    assert torch.equal(idle, torch.ones(2, 3))
+
+
+def test_the_rate_rises_stays_and_falls_to_almost_nothing(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--train", "a", "--valid", "b", "--output", "c",
+                                     "--steps", "100", "--warmup", "0.1", "--decay", "0.4"])
+    args = train.arguments()
+    rates = [train.rate_at(step, args) / args.rate for step in range(100)]
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)]) and rates[59] == 1
+    assert rates[60:] == pytest.approx([n / 41 for n in range(40, 0, -1)])

@@ -1,0 +1,117 @@
+"""Claims about the README: what it shows is what its commands and blocks print, word for word."""
+
+import doctest
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+EXERCISES = re.findall(r"^\| [^|]+ \| `(.+?)` → `(.+?)` \| `(test_\w+)` \|$", README, re.M)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A copy of the repository with a raw checkpoint in it, and python as the README calls it."""
+    place = tmp_path_factory.mktemp("readme")
+    for name in ("mixtral.py", "tokenizer.py", "generate.py", "convert.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, place)
+    for name in ("tests", "tiny"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (place / "bin").mkdir()
+    (place / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (place / "bin" / "python").chmod(0o755)
+    run(place, "python convert.py --input_dir tiny --output_dir RAW --to mistral")
+    return place
+
+
+def run(place, command):
+    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=place, capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "PATH": path, "NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shown(output):
+    """What the README shows as a pattern: … stands for anything."""
+    return re.compile(".*".join(map(re.escape, output.rstrip().split("…"))), re.S)
+
+
+def test_it_is_short_enough_to_be_read():
+    assert README.count("\n") <= 200
+
+
+@pytest.mark.parametrize("command, output", [
+    (part.split("\n", 1)[0], part.split("\n", 1)[1])
+    for kind, block in BLOCKS if kind == "console"
+    for part in re.split(r"^\$ ", block, flags=re.M)[1:]])
+def test_commands_print_what_is_shown(place, command, output):
+    assert shown(output).fullmatch(run(place, command).rstrip()), command
+
+
+@pytest.mark.parametrize("code, output", [
+    (code, output) for (kind, code), (_, output) in zip(BLOCKS, BLOCKS[1:], strict=False)
+    if kind == "python"])
+def test_python_blocks_print_what_is_shown(place, code, output):
+    (place / "block.py").write_text(code, encoding="utf-8")
+    assert shown(output).fullmatch(run(place, "python block.py").rstrip())
+
+
+def test_every_kind_of_block_was_found():
+    kinds = [kind for kind, _ in BLOCKS]
+    assert kinds.count("console") >= 3 and kinds.count("python") == kinds.count("text") == 2
+
+
+def test_the_first_command_prints_the_story_shown(place):
+    [story] = re.findall(r"^    (Once upon a time, .*?)…$", README, re.M | re.S)
+    printed = run(place, 'python generate.py --prompt "Once upon a time"')
+    assert " ".join(printed.split()).startswith(" ".join(story.split()))
+
+
+def test_there_are_six_exercises():
+    assert len(EXERCISES) == 6
+
+
+@pytest.mark.parametrize("old, new, test", EXERCISES)
+def test_an_exercise_fails_the_test_it_names(place, tmp_path, old, new, test):
+    source = (ROOT / "mixtral.py").read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    shutil.copytree(place, tmp_path / "copy", ignore=shutil.ignore_patterns("RAW", "OUT"))
+    (tmp_path / "copy" / "mixtral.py").write_text(source.replace(old, new), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_mixtral.py", "-k", test,
+                           "-q", "-p", "no:cacheprovider"], cwd=tmp_path / "copy",
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and f"FAILED tests/test_mixtral.py::{test}" in done.stdout
+
+
+@pytest.mark.parametrize("test", re.findall(r"`(test_\w+)`", README))
+def test_every_test_it_names_is_there(test):
+    files = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert any(f"def {test}(" in text for text in files)
+
+
+@pytest.mark.parametrize("module", ["mixtral", "tokenizer", "generate"])
+def test_the_examples_in_docstrings_hold(module):
+    results = doctest.testmod(importlib.import_module(module))
+    assert results.attempted > 0 and results.failed == 0
+
+
+def test_pydoc_reads_as_a_chapter(place):
+    text = run(place, "python -m pydoc mixtral")
+    for words in ("Key of letters", "Departures from the released code", "class SparseMoE",
+                  "Softmax(TopK(x·W_g))"):
+        assert words in text
+
+
+def test_the_picture_is_what_its_script_draws(place):
+    before = (ROOT / "tiny" / "routing.svg").read_text(encoding="utf-8")
+    run(place, "python tests/picture.py")
+    assert (place / "tiny" / "routing.svg").read_text(encoding="utf-8") == before
