@@ -3,7 +3,7 @@
 start: `generate.py --prompt x --max-new-tokens 1` beside `python -c "import torch"`.
 load: seconds after the imports, and the most memory that no file backs, in a process of its own.
 speed: a random Mixtral of 0.79 B parameters: reading a prompt (prefill) and writing 32 more tokens
-    a row (decode), greedily; a row of over 2,000 tokens is measured once and not warmed up.
+    a row (decode), greedily; a row of over 1,000 tokens is measured once and not warmed up.
 tiny: the same of the embedded checkpoint, which is Python's and PyTorch's overhead per token.
 long: a text of 8 times the length under a window of 512; cache and memory; many window wraps.
 tokenizer: English (the manual inside Python), with no word remembered and again; hostile text.
@@ -174,9 +174,9 @@ def rates(running, rounds, tokens, n, read):
     for turn in range(-1, rounds):
         for name, run in running.items():
             reading, writing = run(tokens, n)
-            if turn >= 0 or tokens.numel() > 2000:  # the first turn warms up, where it is short
+            if turn >= 0 or tokens.numel() > 1000:  # the first turn warms up, where it is short
                 seconds[name].append(reading if read else writing)
-        if tokens.numel() > 2000:
+        if tokens.numel() > 1000:
             break
     taken = {name: statistics.median(each) for name, each in seconds.items()}
     count = tokens.numel() if read else (n - 1) * len(tokens)
@@ -219,11 +219,12 @@ def speed(rounds, directory, read, flops):
     source = saved(MIDDLE, directory / "middle")
     for dtype in (torch.bfloat16, torch.float32):
         name, running = f"0.79 B {str(dtype)[6:]}", sides(source, dtype)
-        for S in (64, 512, 4096):
+        for S in (64, 512):
             yield prefill(name, running, MIDDLE, dtype, flops, rounds, S)
-        for rows, context in ((1, 64), (4, 64), (16, 64)):
-            yield decoding(name, running, MIDDLE, dtype, read, rounds, rows, context)
+        for rows in (1, 4, 16):
+            yield decoding(name, running, MIDDLE, dtype, read, rounds, rows)
         one = {side: running[side] for side in ("this", "grouped_mm") if side in running}
+        yield prefill(name, one, MIDDLE, dtype, flops, rounds, 4096)
         yield decoding(name, one, MIDDLE, dtype, read, rounds, 1, 4096)
 
 
