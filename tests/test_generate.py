@@ -391,6 +391,7 @@ def test_an_answer_given_up_halfway_is_what_was_said(embedded):
     chat.cache.fed += 1
     tokens.close()
     assert chat.messages[-1] == {"role": "assistant", "content": half}
+    assert chat.cache.fed == chat.cache.lengths.item() == len(chat.read)
     ids = tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "More"}])
     assert [ask("More")[0]] == generate(model, [ids], 12, eos_id=tokenizer.eos_id)
     hook.remove()
