@@ -72,6 +72,9 @@ def arguments():
                    help="of the linear maps; auto: bfloat16 where the hardware multiplies it")
     p.add_argument("--device", default="cpu", help="torch device")
     p.add_argument("--save-every", type=int, default=100, help="steps between two saved states")
+    p.add_argument("--check-every", type=int, default=100,
+                   help="steps between two scores of the first 64 held-out documents: where these "
+                        "rise while the loss falls, the text is being learned by heart")
     return p.parse_args()
 
 
@@ -235,8 +238,8 @@ def autocast(args):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=on)
 
 
-def train(model, stories, args, say):
-    """All steps from the last saved state on."""
+def train(model, stories, held_out, args, say):
+    """All steps from the last saved state on; held_out is (stories, texts) for the checks."""
     state_file = args.output / "state.pt"
     optimisers, seen, first = make_optimisers(model, args), router_logits(model), 0
     if state_file.exists():
@@ -256,6 +259,12 @@ def train(model, stories, args, say):
             load = torch.stack([shares(x, model.config.num_experts_per_tok) for x in seen])
             say(f"step {step + 1}/{args.steps}  loss {loss:.4f}  balance {balance:.3f}  "
                 f"expert load {load.min():.3f} to {load.max():.3f}  {speed:.0f} tokens/s")
+            clock = time.perf_counter()
+        if (step + 1) % args.check_every == 0:
+            score, loads = evaluate(model, *(part[:64] for part in held_out), seen)
+            say(f"step {step + 1}/{args.steps}  held-out bits per byte {score:.4f}  "
+                "expert load by layer, percent: " + " | ".join(
+                    " ".join(f"{100 * x:.0f}" for x in layer) for layer in loads.tolist()))
             clock = time.perf_counter()
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             part = state_file.with_suffix(".part")
@@ -320,7 +329,7 @@ def main():
     initialise(model, config.num_hidden_layers)
     say(f"{sum(p.numel() for p in model.parameters())} parameters; "
         + " ".join(f"{name}={getattr(value, 'name', value)}" for name, value in vars(args).items()))
-    seen = train(model, stories, args, say)
+    seen = train(model, stories, (valid, held_out), args, say)
 
     export(model, args.output)
     for dtype in (torch.float32, torch.bfloat16):
