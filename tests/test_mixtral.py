@@ -165,6 +165,17 @@ def test_a_widened_product_is_the_exact_one_rounded_once(dtype, rows, monkeypatc
     assert ((got.double() - exact).abs() <= exact.abs() * unit / 2 + 1e-5).all()
 
 
+@pytest.mark.parametrize("rows", [1, 5, 256, 257])
+def test_a_product_in_slices_and_its_gradients_are_those_of_the_whole(rows):
+    with torch.inference_mode(False):
+        linear, x = mixtral.Linear(24, 512).double(), randn(1, rows, 24).requires_grad_()
+        got, wanted = linear(x), x @ linear.weight.mT
+        pairs = [(got, wanted), *zip(*(torch.autograd.grad(y.square().sum(), (linear.weight, x))
+                                       for y in (got, wanted)), strict=True)]
+    for ours, theirs in pairs:
+        assert ours.shape == theirs.shape and far(ours, theirs) < 1e-13
+
+
 # ---------------------------------------------------------------- norm and rotation
 
 def test_rms_norm_by_hand():
