@@ -140,7 +140,7 @@ watch = None  # called with each probe's name and tensor while generate.trace ru
 
 
 def probe(name, x):
-    """Show a quantity that no module returns under the name of generate.AXES, and give it back."""
+    """Give back a quantity that no module returns; where a trace is made, show it there."""
     if watch is not None:
         watch(name, x)
     return x
@@ -249,11 +249,11 @@ def attend(q, k, v, mask):
 class Cache:
     """The rolling buffer: the key and value of position p live in slot p mod C, until overwritten.
 
-    keys, values (L, B, K, C, d); lengths (B): tokens that each row has seen. C is W + chunk − 1,
-    the least in which a whole chunk can be written before its first query attends, or max_length
-    where that is smaller or there is no window. Nothing else is stored: which position a slot
-    holds follows from the length. What padding writes lies beyond a row's length, where no query
-    looks before the row's next tokens overwrite it.
+    keys, values (L, B, K, C, d); lengths (B): tokens that each row has seen. C is W + chunk − 1: a
+    chunk is written whole before its first query attends, which still needs the W − 1 before it;
+    or max_length where that is smaller or there is no window. Nothing else is stored: which
+    position a slot holds follows from the length. What padding writes lies beyond a row's length,
+    where no query looks before the row's next tokens overwrite it.
     """
 
     keys: Tensor
@@ -283,7 +283,8 @@ class Cache:
 
         k (B, K, S, d), v (B, K, S, d), slots (B, S) -> (B, K, T, d), (B, K, T, d)
         """
-        rows, used = torch.arange(len(slots), device=slots.device)[:, None], self.fed
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        used = min(self.keys.shape[3], self.fed)
         for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
             # Not scatter_, which for bfloat16 on a CPU copies the whole buffer first.
             buffer.transpose(1, 2)[rows, slots] = new.transpose(1, 2)
@@ -327,13 +328,14 @@ class Attention(nn.Module):
 
 
 def route(logits, k):
-    """Softmax(TopK(x·W_g)): each token's k best experts and their weights (section 2.1).
+    """Softmax(TopK(x·W_g)): each token's k best experts and their weights (the paper's 2.1).
 
     logits (N, E) -> (N, k), (N, k)
 
     Weights come first, in at least float32, largest first, and sum to one; experts are their
     indices. Of equal logits the lowest index wins: the sort is stable, which topk is not. To choose
-    before the softmax is to renormalise after it: the sum over all E cancels.
+    before the softmax is to renormalise after it: softmax keeps the order of the logits, and the
+    sum over all E cancels.
 
     >>> weights, experts = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), k=3)
     >>> experts.tolist(), [round(w, 4) for w in weights[0].tolist()]
@@ -361,13 +363,13 @@ class Expert(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """y = Σᵢ Softmax(Top2(x·W_g))ᵢ · SwiGLUᵢ(x)   (section 2.1).
+    """y = Σᵢ Softmax(Top2(x·W_g))ᵢ · SwiGLUᵢ(x)   (the paper's section 2.1).
 
     (B, S, D) -> (B, S, D)
 
-    Visits are sorted by expert so that each expert that was hit runs once, over all its tokens;
-    its results go back to the visits' order. There is no capacity: an expert takes as many tokens
-    as chose it, and none is dropped.
+    Visit n is one of token n // k. Visits are sorted by expert so that each expert that was hit
+    runs once, over all its tokens; `order.argsort()`, the inverse of that permutation, puts the
+    results back. There is no capacity: an expert takes as many tokens as chose it, none is dropped.
     """
 
     def __init__(self, config):
@@ -427,7 +429,7 @@ class Decoder(nn.Module):
         slots = None
         if cache is not None:
             positions = positions + cache.lengths[:, None]
-            cache.fed += S
+            cache.fed += S  # before `held`: the slots of this call count as used
             keys, slots = cache.held(positions[:, -1]), positions % cache.keys.shape[3]
         x = self.embed_tokens(tokens)
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
