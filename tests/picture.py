@@ -64,5 +64,9 @@ def drawn(texts, experts):
         '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
 
 
-if __name__ == "__main__":
+def main():
     (ROOT / "tiny" / "routing.svg").write_text(drawn(*story()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

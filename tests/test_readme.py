@@ -2,7 +2,6 @@
 
 import doctest
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from card import run, workplace
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,25 +19,7 @@ EXERCISES = re.findall(r"^\| [^|]+ \| `(.+?)` → `(.+?)` \| `(test_\w+)` \|$", 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A copy of the repository with a raw checkpoint in it, and python as the README calls it."""
-    place = tmp_path_factory.mktemp("readme")
-    for name in ("mixtral.py", "tokenizer.py", "generate.py", "convert.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, place)
-    for name in ("tests", "tiny"):
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (place / "bin").mkdir()
-    (place / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (place / "bin" / "python").chmod(0o755)
-    run(place, "python convert.py --input_dir tiny --output_dir RAW --to mistral")
-    return place
-
-
-def run(place, command):
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, shell=True, cwd=place, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "PATH": path, "NO_COLOR": "1"})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return workplace(tmp_path_factory.mktemp("readme"))
 
 
 def shown(output):
@@ -53,7 +35,7 @@ def test_it_is_short_enough_to_be_read():
 def test_commands_print_what_is_shown(place, block):
     for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
         command, output = part.split("\n", 1)
-        assert shown(output).fullmatch(run(place, command).rstrip()), command
+        assert shown(output).fullmatch(run(place, command)), command
 
 
 @pytest.mark.parametrize("code, output", [
@@ -61,7 +43,7 @@ def test_commands_print_what_is_shown(place, block):
     if kind == "python"])
 def test_python_blocks_print_what_is_shown(place, code, output):
     (place / "block.py").write_text(code, encoding="utf-8")
-    assert shown(output).fullmatch(run(place, "python block.py").rstrip())
+    assert shown(output).fullmatch(run(place, "python block.py"))
 
 
 def test_every_kind_of_block_was_found():
