@@ -360,20 +360,40 @@ def write_trace(model, tokens, path, layers=None, scores=False):
 FORMAT = (("format", "pt"),)  # what transformers wants to find in a file of weights
 
 
+def check_output(path):
+    """Raises ValueError where a file cannot be made or replaced: a device or pipe stays one."""
+    real = os.path.realpath(path)
+    directory = os.path.dirname(real)
+    if os.path.exists(real) and not os.path.isfile(real):
+        raise ValueError(f"{path}: not written: is no ordinary file; name a new one")
+    if not os.access(directory, os.W_OK | os.X_OK) or not os.path.isdir(directory):
+        raise ValueError(f"{path}: not written: {directory} is no directory to write to")
+
+
+@contextlib.contextmanager
+def complete_or_absent(path):
+    """A file to write to, which takes path's place at the end and vanishes on any error."""
+    check_output(path)
+    place = Path(os.path.realpath(path))  # what a link names is replaced, never the link
+    part = place.with_name(f".{place.name}.part")
+    try:
+        yield part
+        os.replace(part, place)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not written: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save_file(tensors, path, metadata=FORMAT):
     """Write safetensors at once or not at all; the library's own save_file would need NumPy."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with complete_or_absent(path) as part:
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it; serialize_file would make it 0600
         serialize_file({name: TensorSpec(
             dtype=str(x.dtype).removeprefix("torch."), shape=list(x.shape), data_ptr=x.data_ptr(),
             data_len=x.nbytes) for name, x in tensors.items()}, str(part), dict(metadata))
         part.chmod(mode)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"{path}: not written: {error}") from None
 
 
 @torch.inference_mode()
@@ -651,6 +671,8 @@ def run(args):
     check_whole("--seed", (args.seed or 0) + args.num_samples - 1)
     if "" in args.stop:
         raise ValueError("--stop: wanted a string that is not empty")
+    for path in {"trace", "routing_html"} & vars(args).keys():
+        check_output(getattr(args, path))
     if args.chat and args.prompt is None:
         return converse(args, *load(args))
     tokenizer, model = load(args)
@@ -713,7 +735,8 @@ def write(args, tokenizer, model, texts, prompts):
     if "routing_html" in args:
         tokens = prompts[0] + answers[0].tokens
         page = routing_page(tokenizer, model, tokens, len(prompts[0]), args.model.name)
-        write_text(args.routing_html, page)
+        with complete_or_absent(args.routing_html) as part:
+            part.write_text(page, encoding="utf-8")
         print(f"[routing of {len(tokens)} tokens in {args.routing_html}]", file=sys.stderr)
     print(clock.line(sum(map(len, prompts)), sum(len(answer.tokens) for answer in answers),
                      len(rows), cache), file=sys.stderr)
@@ -744,17 +767,6 @@ def record(index, number, text, read, answer, clock, logprobs):
         "finish_reason": answer.finish, "timings": {
             "prompt_tokens": read, "prefill_seconds": round(clock.first - clock.start, 6),
             "decode_seconds": round(clock.last - clock.first, 6)}}, ensure_ascii=False)
-
-
-def write_text(path, text):
-    """Write a file at once or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"{path}: not written: {error.strerror}") from None
 
 
 def converse(args, tokenizer, model):
@@ -815,9 +827,13 @@ def main(argv=None):
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         return run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # none at exit tries again
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"generate.py: {error.filename or 'standard output'}: {error.strerror}",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except ValueError as error:

@@ -288,6 +288,29 @@ def test_saving_is_all_or_nothing_and_heeds_the_umask(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
 
 
+def test_a_link_is_written_through_and_a_pipe_or_directory_is_left_as_it_is(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    save_file({"a": torch.arange(3)}, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").stat().st_size
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", ".", "file/x"):
+        with pytest.raises(ValueError, match="not written"):
+            save_file({"a": torch.arange(3)}, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux alone")
+def test_output_that_cannot_be_written_ends_in_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "generate.py", "--prompt", "a",
+                               "--max-new-tokens", "1"], stdout=full, stderr=subprocess.PIPE,
+                              text=True)
+    assert done.returncode == 1
+    assert done.stderr == "generate.py: standard output: No space left on device\n"
+
+
 def ended(args, capsys):
     """Exit code and output of a command line, run in this process."""
     try:
