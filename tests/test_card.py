@@ -82,16 +82,27 @@ def test_the_scores_of_the_card_are_those_of_the_log():
         assert re.search(rf"\*\*{score}\*\* in {dtype}|{score} in {dtype}", README)
 
 
-STUDY = re.findall(r"^\|.*\| (\d+) \| ([\d.]+) \| `(study-\S+\.log)` \|$", README, re.M)
+STUDY = re.findall(r"^\| (.*) \| (\d+) \| ([\d.]+) \| ([\d.–]+) \| `(\w+\.log)` \|$", README, re.M)
+
+
+def study_log(name):
+    """A log of the study and the settings that it names."""
+    log = (card.TINY / "study" / name).read_text(encoding="utf-8")
+    return log, dict(re.findall(r"(\w+)=(\S+)", log))
 
 
 def test_the_study_names_every_log_that_is_kept():
-    assert sorted(name for _, _, name in STUDY) == sorted(
-        path.name for path in card.TINY.glob("study-*.log"))
+    kept = [path.name for path in (card.TINY / "study").iterdir()]
+    assert sorted(name for *_, name in STUDY) == sorted(kept)
 
 
-@pytest.mark.parametrize("steps, score, name", STUDY)
-def test_a_row_of_the_study_is_what_its_log_says(steps, score, name):
-    log = (card.TINY / name).read_text(encoding="utf-8")
-    assert f"held-out bits per byte, torch.float32: {score}" in log
-    assert f" steps={steps} " in log
+@pytest.mark.parametrize("changes, steps, score, loads, name", STUDY)
+def test_a_row_of_the_study_is_what_its_log_says(changes, steps, score, loads, name):
+    log, settings = study_log(name)
+    assert f"held-out bits per byte, torch.float32: {score}\n" in log
+    assert settings["steps"] == steps
+    shares = [float(x) for row in re.findall(r"expert load: (.*)", log) for x in row.split()]
+    assert loads == f"{min(shares)}–{max(shares)}"
+    base = study_log("muon.log")[1] | {"steps": steps, "output": settings["output"]}
+    other = {f"{name}={value}" for name, value in settings.items() if base.get(name) != value}
+    assert other - {"check_every=100000"} == set(re.findall(r"`(\w+=\S+)`", changes))
