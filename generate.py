@@ -217,9 +217,11 @@ class Chat:
 def roomy(model, cache, length):
     """A cache of one row with room for a length, which keeps what it holds."""
     if cache is None:
+        check_room(model, 1, length)
         return model.new_cache(1, length)
     if length <= cache.max_length:
         return cache
+    check_room(model, 1, length)
     more = model.new_cache(1, max(length, 2 * cache.max_length), cache.chunk)
     held = cache.keys.shape[3]  # either nothing has wrapped, or the new one is no larger
     more.keys[:, :, :, :held], more.values[:, :, :, :held] = cache.keys, cache.values
@@ -521,6 +523,11 @@ def arguments(argv):
         for other in others if given else ():
             if getattr(args, other, False) is not False:
                 p.error(f"{one} does not go with --{other.replace('_', '-')}")
+    for one, whole, given in (
+            ("trace-layers", "trace", "trace" in args), ("trace-scores", "trace", "trace" in args),
+            ("system", "chat", args.chat)):
+        if getattr(args, one.replace("-", "_"), None) and not given:
+            p.error(f"--{one} goes with --{whole} alone")
     if args.chat and args.prompt is None and (args.json or args.logprobs or args.num_samples > 1):
         p.error("--json, --logprobs and --num-samples go with --chat only where --prompt is given")
     return args
@@ -536,7 +543,7 @@ def layer_list(text):
 def check_device(name):
     """Raises ValueError unless float64 tensors, which rotation needs, can be made there."""
     try:
-        torch.zeros(1, dtype=torch.float64, device=name)
+        torch.zeros(1, dtype=torch.float64, device=name).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: not usable here: {reason}") from None
@@ -575,6 +582,16 @@ def check_fits(directory, files, dtype, device):
     else:
         raise ValueError(f"{told} on {device}; leave out --dtype to keep the stored one, which the "
                          f"CPU maps from disk ({stored / 1e9:.1f} GB), or use a larger machine")
+
+
+def check_room(model, rows, length):
+    """Raises ValueError where keys and values of `rows` texts of `length` tokens would not fit."""
+    one = model.new_cache(1, 1)
+    slots = min(length, (model.config.sliding_window or length) + 255)
+    needed, free = rows * slots * 2 * one.keys.nbytes, available(one.keys.device)
+    if free is not None and needed > free:
+        raise ValueError(f"{rows} × {length} tokens need {needed / 1e9:.1f} GB of cache, "
+                         f"{free / 1e9:.1f} GB of memory free; ask for fewer samples or tokens")
 
 
 def counted(files):
@@ -655,6 +672,7 @@ class Clock:
 
     def line(self, read, written, rows, cache):
         """The summary on standard error."""
+        read = read if self.steps else 0
         reading = read / max(self.first - self.start, 1e-9)
         writing = max(written - rows, 0) / max(self.last - self.first, 1e-9)
         size = rows // len(cache.lengths) * (cache.keys.nbytes + cache.values.nbytes)
@@ -699,10 +717,12 @@ def asked(system, text):
 
 def write(args, tokenizer, model, texts, prompts):
     """Continue all prompts as one batch: a lone text as it comes, many when all are done."""
+    length = max(map(len, prompts)) + args.max_new_tokens
+    check_room(model, len(prompts) * args.num_samples, length)
     rows = [(i, n) for i in range(len(prompts)) for n in range(args.num_samples)]
     answers = [Answer(tokenizer, () if args.chat else prompts[i], args.stop) for i, _ in rows]
     streaming = not (args.batch or args.json or args.logprobs or "show_routing" in args)
-    cache = model.new_cache(len(prompts), max(map(len, prompts)) + args.max_new_tokens)
+    cache = model.new_cache(len(prompts), length)
     interrupted, clock = False, Clock()
     try:
         if streaming:

@@ -121,7 +121,11 @@ class MixtralConfig:
 
         What does not shape the forward pass is ignored; an absent rope_theta means 1e6, not 1e4.
         """
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope = {}
+        for field in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(field), dict | None):
+                raise ValueError(f"config: {field} must be an object or null, got {raw[field]!r}")
+            rope |= raw.get(field) or {}
         for field, wanted, got in (
                 ("model_type", "mixtral", raw.get("model_type", "mixtral")),
                 ("rope_type", "default", rope.get("rope_type", rope.get("type", "default")))):
@@ -568,7 +572,9 @@ def weight_files(directory):
     index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        names = sorted(set(map(str, dict(weight_map or {"": "its weight_map"}).values())))
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: wanted weight_map, an object from tensors to files")
+        names = sorted(set(map(str, weight_map.values())))
     absent = [n for n in names if Path(n).name != n or not (directory / n).is_file()]
     if not absent:
         return [directory / name for name in names]

@@ -506,6 +506,11 @@ def test_logprobs_in_text_are_a_token_a_line(capsys):
     (["--show-routing", "6"], "--show-routing: layers are 0 … 5, got 6"),
     (["--show-routing", "--json"], "--json does not go with --show-routing"),
     (["--trace", "x", "--chat"], "--trace does not go with --chat"),
+    (["--trace-layers", "1"], "--trace-layers goes with --trace alone"),
+    (["--trace-scores"], "--trace-scores goes with --trace alone"),
+    (["--system", "x"], "--system goes with --chat alone"),
+    (["--device", "meta"], "--device meta: not usable here"),
+    (["--num-samples", "9" * 12], "9" * 12 + " × 3 tokens need"),
     (["--num-samples", "2", "--routing-html", "x"], "does not go with --routing-html"),
     (["--routing-html", "/nowhere/x"], "/nowhere/x: not written")])
 def test_flags_that_cannot_be_meant_are_refused(args, message, capsys):

@@ -87,7 +87,9 @@ def test_versions_4_and_5_of_the_config_file_mean_the_same():
     ({"tie_word_embeddings": True}, "tie_word_embeddings must be false"),
     ({"model_type": "llama"}, "model_type must be 'mixtral', got 'llama'"),
     ({"rope_scaling": {"type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "rope_type must be 'default', got 'linear'")])
+    ({"rope_parameters": {"rope_type": "linear"}}, "rope_type must be 'default', got 'linear'"),
+    ({"rope_parameters": 3}, "rope_parameters must be an object or null, got 3"),
+    ({"rope_scaling": [1]}, r"rope_scaling must be an object or null, got \[1\]")])
 def test_what_cannot_be_is_refused_by_name(raw, message):
     with pytest.raises(ValueError, match=message):
         MixtralConfig.from_dict(raw)
@@ -515,6 +517,13 @@ def test_an_index_names_only_files_beside_it(checkpoint, entry):
     index = {"weight_map": {"lm_head.weight": entry}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"not found: {entry}"):
+        Mixtral.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": [1, 2]}])
+def test_an_index_without_a_map_is_refused(checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="index.json: wanted weight_map"):
         Mixtral.from_pretrained(checkpoint)
 
 
