@@ -1,38 +1,43 @@
-"""Every Mixtral checkpoint in the wild, both ways: `convert.py --input_dir RAW --output_dir OUT`.
+"""Convert a Mixtral checkpoint: `python convert.py --input_dir RAW --output_dir OUT`.
 
-The same numbers travel in three layouts, told apart by the names of their tensors:
+The weights of Mixtral are published in three layouts. The names of the tensors tell them apart:
 
-    layout          files                                      differs from Hugging Face's in
-    Hugging Face    config.json, model*.safetensors or
+    layout          files                                      differences from Hugging Face's
+    Hugging Face    config.json; model*.safetensors or
                     pytorch_model*.bin                         -
-    Mistral         params.json, consolidated.safetensors,     names, row order of wq and wk
+    Mistral         params.json; consolidated.safetensors,     names; row order of wq and wk
                     consolidated.00.pth or its -splitN parts
-    Mistral, fused  params.json, consolidated.00.pt … .07.pt   also: a layer's experts are one
-                                                               (E·F, D), w2's blocks transposed
+    Mistral, fused  params.json; consolidated.00.pt … .07.pt   also: the experts of a layer are one
+                                                               (E·M, D), with w2 transposed
 
-One difference is not plain from the table of names below. Mistral's RoPE turns neighbouring rows
-of a head together, Hugging Face's row i with row i + d/2. One head of q, d = 8, is rearranged so:
+All three can be read. The Hugging Face layout and the first Mistral layout can be written.
 
-    Mistral           as d/2 × 2    transposed     Hugging Face
+The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
+rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
+meet, so every head of q and k is reordered. For d = 8:
+
+    Mistral           as (d/2, 2)    transposed     Hugging Face
     0 1 2 3 4 5 6 7      0 1         0 2 4 6       0 2 4 6 1 3 5 7
-    └─┘ └─┘ └─┘ └─┘      2 3         1 3 5 7       └───────┘          turned together:
-                         4 5                                          still 0 with 1, 2 with 3, …
+    └─┘ └─┘ └─┘ └─┘      2 3         1 3 5 7       Row 0 is still rotated with row 1,
+                         4 5                       row 2 with row 3, and so on.
                          6 7
 
-The way back transposes the 2 × d/2. There are H heads in q but K in k.
+Memory: only names, shapes and file offsets are read at first. The numbers of a tensor are read when
+it is written, so memory holds at most one tensor and its reordered copy.
 
-Memory: a pickle is opened for its names, shapes and offsets alone, a safetensors file is mapped; a
-tensor is read when it is written. So memory holds one tensor and its changed copy, not a shard.
-Safety: pickles are opened with weights_only=True; until it is complete, the output is `.OUT.part`
-beside OUT, which the next run removes.
+Safety: pickles are opened with weights_only=True, so they cannot run code. The output is written to
+`.OUT.part` beside OUT and renamed when it is complete.
 
-Departures: tokenizer.json is made here, since transformers cannot read tokenizer.model without
-more packages. The text `</s>` is the control id there, as in every tokenizer of transformers.
-Leaves out: quantised and LoRA weights, strided or shared storage tricks, making chat templates
-(they are copied), pieces declared whole by a v3 tokenizer (spelled out in its tokenizer.json), two
-runs at once into one output.
+Differences from other converters: tokenizer.json is made here, because transformers needs further
+packages to read tokenizer.model. The text `</s>` encodes to the control token in it, as in every
+tokenizer of transformers.
 
-Exit codes: 0 done, 1 bad input, 2 bad arguments, 130 interrupted.
+Not included: quantised weights, LoRA weights, non-contiguous tensors in pickles, new chat templates
+(existing ones are copied), pieces that a v3 tokenizer declares as whole (its tokenizer.json spells
+them out), and two runs that write the same output at the same time.
+
+Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted. If nobody reads standard
+output any more, the conversion continues without progress.
 """
 
 import argparse
@@ -48,31 +53,32 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while importing ends the program at once, without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from mixtral import MixtralConfig, read_json
 from tokenizer import Tokenizer
 
-HUGGINGFACE, MISTRAL, FUSED = LAYOUTS = range(3)  # columns of the table
+# ------------------------------------------------------------------ names, shapes and row order
+
+HUGGINGFACE, MISTRAL, FUSED = LAYOUTS = range(3)  # the columns of NAMES
 TITLES = ("Hugging Face", "Mistral", "Mistral with fused experts")
 
-# A leading dot stands for `model.layers.N.` in the first column, for `layers.N.` in the others, and
-# `e` for an expert. Every name but the fused experts' ends in `.weight`. Shapes are of one expert.
+# The names of the tensors in each layout, and the shape of each, which for experts is the shape of
+# one. A leading dot stands for `model.layers.N.` in the first column and for `layers.N.` in the
+# others; `e` is an expert. `.weight` follows every name except those of fused experts.
 NAMES = [line.split() for line in """
     model.embed_tokens              tok_embeddings              tok_embeddings          V    D
     .input_layernorm                .attention_norm             .attention_norm         D
@@ -82,460 +88,653 @@ NAMES = [line.split() for line in """
     .self_attn.o_proj               .attention.wo               .attention.wo           D    H·d
     .post_attention_layernorm       .ffn_norm                   .ffn_norm               D
     .block_sparse_moe.gate          .feed_forward.gate          .block_sparse_moe.gate  E    D
-    .block_sparse_moe.experts.e.w1  .feed_forward.experts.e.w1  .block_sparse_moe.w1    F    D
-    .block_sparse_moe.experts.e.w2  .feed_forward.experts.e.w2  .block_sparse_moe.w2    D    F
-    .block_sparse_moe.experts.e.w3  .feed_forward.experts.e.w3  .block_sparse_moe.w3    F    D
+    .block_sparse_moe.experts.e.w1  .feed_forward.experts.e.w1  .block_sparse_moe.w1    M    D
+    .block_sparse_moe.experts.e.w2  .feed_forward.experts.e.w2  .block_sparse_moe.w2    D    M
+    .block_sparse_moe.experts.e.w3  .feed_forward.experts.e.w3  .block_sparse_moe.w3    M    D
     model.norm                      norm                        norm                    D
     lm_head                         output                      output                  V    D
 """.strip().splitlines()]
 
-# The names in params.json; its second dialect, that of the fused layout, uses Hugging Face's.
+
+def regroup(weight, heads, columns):
+    """Write the d rows of each head as a matrix with `columns` columns, and transpose the matrix.
+
+    (H·d, D) -> (H·d, D)
+
+    2 columns turn Mistral's row order into Hugging Face's, and d/2 columns turn it back. `heads` is
+    H for q and K for k.
+
+    >>> rows = torch.arange(8)[:, None]
+    >>> reordered = regroup(rows, heads=1, columns=2)
+    >>> reordered.flatten().tolist()
+    [0, 2, 4, 6, 1, 3, 5, 7]
+    >>> regroup(reordered, heads=1, columns=4).flatten().tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7]
+    """
+    return weight.unflatten(0, (heads, -1, columns)).transpose(1, 2).flatten(0, 2)
+
+
+def full_name(row, layout, layer=0, expert=0):
+    """The name of a tensor: a row of NAMES in one layout, for one layer and one expert."""
+    name = row[layout]
+    if name.startswith("."):
+        name = f"{'model.layers.' if layout == HUGGINGFACE else 'layers.'}{layer}{name}"
+    if ".e." in row[HUGGINGFACE] and ".e." not in name:
+        return name
+    return name.replace(".e.", f".{expert}.") + ".weight"
+
+
+class Parameter(NamedTuple):
+    """A weight matrix or vector of the model. Each expert has its own."""
+
+    names: tuple[str, ...]  # one for each layout
+    shape: tuple[int, ...]
+    heads: int | None  # None except for q and k
+    expert: int | None  # None outside the experts
+
+
+def parameters(config):
+    """Yield the parameters of a model in the order of the forward pass."""
+    c, H, K = config, config.num_attention_heads, config.num_key_value_heads
+    sizes = {"V": c.vocab_size, "D": c.hidden_size, "M": c.intermediate_size,
+             "E": c.num_local_experts, "H·d": H * c.head_dim, "K·d": K * c.head_dim}
+    heads = {".self_attn.q_proj": H, ".self_attn.k_proj": K}
+
+    def parameter(row, layer=0, expert=None):
+        names = tuple(full_name(row, layout, layer, expert) for layout in LAYOUTS)
+        shape = tuple(sizes[letter] for letter in row[3:])
+        return Parameter(names, shape, heads.get(row[HUGGINGFACE]), expert)
+
+    embedding, *block, norm, head = NAMES
+    yield parameter(embedding)
+    for layer, row in itertools.product(range(c.num_hidden_layers), block):
+        for expert in range(c.num_local_experts) if ".e." in row[HUGGINGFACE] else [None]:
+            yield parameter(row, layer, expert)
+    yield parameter(norm)
+    yield parameter(head)
+
+
+# ------------------------------------------------------------------ configuration
+
+# The fields of params.json. The fused layout has a params.json with Hugging Face's field names.
 PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
           "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads",
           "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps",
           "vocab_size": "vocab_size", "rope_theta": "rope_theta",
           "sliding_window": "sliding_window", "max_seq_len": "max_position_embeddings",
           "num_experts_per_tok": "num_experts_per_tok", "num_experts": "num_local_experts"}
-OPTIONAL = {"head_dim", "rope_theta", "sliding_window", "max_seq_len", "num_experts_per_tok"}
-CONTEXT = {4096: 32768, 6144: 65536}  # max_seq_len by dim, 8x7B's and 8x22B's: it is mostly unsaid
-
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-PIECE = 2**18  # bytes read at once: they stay in the CPU's cache until they are written
-EXTRAS = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "chat_template.jinja", "generation_config.json")
-
-
-def regroup(weight, heads, columns):
-    """Write each head's d rows as a matrix of so many columns and read it out transposed.
-
-    (H·d, D) -> (H·d, D)
-
-    2 columns turn Mistral's rows into Hugging Face's; d/2 columns turn them back.
-    """
-    return weight.unflatten(0, (heads, -1, columns)).transpose(1, 2).flatten(0, 2)
-
-
-def spell(row, layout, n=0, e=0):
-    """The full name, in layer n and expert e, of a row of the table."""
-    stem = row[layout]
-    if stem.startswith("."):
-        stem = f"layers.{n}{stem}" if layout else f"model.layers.{n}{stem}"
-    if ".e." in row[HUGGINGFACE] and ".e." not in stem:
-        return stem
-    return stem.replace(".e.", f".{e}.") + ".weight"
-
-
-class Parameter(NamedTuple):
-    """A tensor of the model, one expert's where there are experts."""
-
-    names: tuple[str, ...]  # by layout
-    shape: tuple[int, ...]
-    heads: int | None  # of q and k alone
-    expert: int | None
-
-
-def parameters(config):
-    """Yield the tensors of a model in the order in which a token meets them."""
-    c, H, K = config, config.num_attention_heads, config.num_key_value_heads
-    size = {"V": c.vocab_size, "D": c.hidden_size, "F": c.intermediate_size,
-            "E": c.num_local_experts, "H·d": H * c.head_dim, "K·d": K * c.head_dim}
-    heads = {".self_attn.q_proj": H, ".self_attn.k_proj": K}
-    for inside, rows in itertools.groupby(NAMES, key=lambda row: row[0].startswith(".")):
-        layers = range(c.num_hidden_layers if inside else 1)
-        for n, row in itertools.product(layers, list(rows)):
-            for e in range(c.num_local_experts) if ".e." in row[0] else [None]:
-                names = tuple(spell(row, layout, n, e) for layout in LAYOUTS)
-                yield Parameter(names, tuple(map(size.get, row[3:])), heads.get(row[0]), e)
-
-
-class Stored(NamedTuple):
-    """A tensor in a file, unread: `read` takes a slice of its rows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str names what is no plain tensor
-    file: str
-    read: Callable
-
-
-class Joined(io.RawIOBase):
-    """Files read as if they were one: the torrent's parts, without the disk that `cat` needs."""
-
-    def __init__(self, paths):
-        self.files = [open(path, "rb", buffering=0) for path in paths]
-        self.starts = [0, *itertools.accumulate(path.stat().st_size for path in paths)]
-        self.at = 0
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.at = offset + (0, self.at, self.starts[-1])[whence]
-        return self.at
-
-    def readinto(self, buffer):
-        free = memoryview(buffer)
-        while len(free) and self.at < self.starts[-1]:
-            n = bisect.bisect(self.starts, self.at) - 1
-            self.files[n].seek(self.at - self.starts[n])
-            count = self.files[n].readinto(free)
-            if not count:
-                break
-            self.at, free = self.at + count, free[count:]
-        return len(buffer) - len(free)
-
-
-def memory(tensor):
-    """A contiguous tensor's own bytes as a buffer, which torch gives out only through NumPy."""
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-
-
-def read_view(file, view):
-    """The numbers that a contiguous tensor on the meta device, or a slice of its rows, stands for.
-
-    torch.load notes in its storage at which byte of the file they begin.
-    """
-    tensor = torch.empty(view.shape, dtype=view.dtype)
-    file.seek(view.untyped_storage()._checkpoint_offset + view.storage_offset() * view.itemsize)
-    if file.readinto(memory(tensor)) != tensor.nbytes:
-        raise ValueError("a weight file ends early: was it changed while it was read?")
-    return tensor
-
-
-def unpickle(file):
-    """What torch.save wrote, on the meta device: names and shapes are read, weights are not."""
-    if file.read(2) != b"PK":
-        raise ValueError("wanted a zip as torch.save writes since torch 1.6; load and save it anew")
-    try:
-        if any(entry.compress_type for entry in zipfile.ZipFile(file).infolist()):
-            raise ValueError("compressed, wanted it as torch.save writes it")
-        file.seek(0)
-        content = torch.load(file, map_location="meta", weights_only=True)
-    except UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        detail = culprit[1] if culprit else "something unknown"
-        raise ValueError(f"refused: it asks for {detail}, wanted tensors alone") from None
-    except (zipfile.BadZipFile, RuntimeError) as error:
-        raise ValueError(f"cut short or damaged: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
-    return content
-
-
-def open_pickle(paths):
-    """The tensors in a file of torch.save, or in the parts of one, by name."""
-    file = Joined(paths)
-    for name, value in unpickle(file).items():
-        plain = isinstance(value, torch.Tensor) and value.is_contiguous()
-        shape, dtype = (value.shape, value.dtype) if plain else ((), type(value).__name__)
-        yield str(name), Stored(tuple(shape), dtype, paths[0].name,
-                                lambda rows, value=value: read_view(file, value[rows]))
-
-
-def open_safetensors(path):
-    """The tensors in a safetensors file, mapped, by name."""
-    try:
-        file = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"cut short or damaged: {error}") from None
-    for name in file.keys():
-        piece = file.get_slice(name)
-        dtype = DTYPES.get(piece.get_dtype(), piece.get_dtype())
-        yield name, Stored(tuple(piece.get_shape()), dtype, path.name, piece.__getitem__)
-
-
-def open_all(directory):
-    """All tensors of a directory by name. Raises ValueError naming each bad file or repetition."""
-    stored, wrong = {}, []
-    for paths in weight_files(directory):
-        safe = paths[0].suffix == ".safetensors"
-        try:
-            for name, tensor in open_safetensors(paths[0]) if safe else open_pickle(paths):
-                if name in stored:
-                    wrong.append(f"{name} is in {stored[name].file} and in {tensor.file}")
-                stored[name] = tensor
-        except (ValueError, OSError) as error:
-            wrong.append(f"{paths[0].name}: {error}")
-    if wrong:
-        raise ValueError(f"{directory}: {'; '.join(wrong)}")
-    return stored
-
-
-def indexed(directory, index):
-    """The files that an index names. Raises ValueError for any that is not directly beside it."""
-    entries = read_json(directory / index).get("weight_map")
-    if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"{directory / index}: wanted a weight_map of names to files")
-    names = sorted(set(map(str, entries.values())))
-    if outside := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{directory / index}: names files outside its directory: "
-                         f"{', '.join(outside)}")
-    if absent := [name for name in names if not (directory / name).is_file()]:
-        raise ValueError(f"{directory}: missing {', '.join(absent)}")
-    return [[directory / name] for name in names]
-
-
-def weight_files(directory):
-    """The files with the weights, each as a list of its parts; of several sets, the first in order.
-
-    Raises ValueError where there are none, or not all.
-    """
-    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
-        if (directory / f"{stem}.index.json").exists():
-            return indexed(directory, f"{stem}.index.json")
-        if (directory / stem).exists():
-            return [[directory / stem]]
-    whole, parts = [], {}
-    for path in sorted(directory.glob("consolidated.*")):
-        if re.fullmatch(r"consolidated\.\d+\.pth?", path.name):
-            whole.append([path])
-        elif match := re.fullmatch(r"consolidated\.00\.pth-split(\d+)", path.name):
-            parts[int(match[1])] = path
-    if not whole and not parts:
-        raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
-                         "pytorch_model*.bin or consolidated.*")
-    if not whole and (absent := set(range(max(parts))) - set(parts)):
-        raise ValueError(f"{directory}: missing "
-                         + ", ".join(f"consolidated.00.pth-split{n}" for n in sorted(absent)))
-    return whole or [[parts[n] for n in sorted(parts)]]
+OPTIONAL = {"head_dim", "rope_theta", "sliding_window", "max_position_embeddings",
+            "num_experts_per_tok"}
 
 
 def read_params(path):
-    """The configuration in a params.json of either dialect; what is null or 0 there is unsaid.
+    """The configuration in a params.json. Raises ValueError naming the fields that are missing.
 
-    Raises ValueError naming what is missing. An unsaid rope_theta means 1e6, not 1e4.
+    An optional field that is absent, null or 0 gets its default. For rope_theta that is 1e6.
     """
     raw = read_json(path)
     raw |= raw["moe"] if isinstance(raw.get("moe"), dict) else {}
-    fields = {PARAMS.get(name, name): value for name, value in raw.items() if value}
-    if absent := [name for name in PARAMS if name not in OPTIONAL and PARAMS[name] not in fields]:
-        raise ValueError(f"{path}: not a Mixtral's: missing {', '.join(absent)}")
-    if isinstance(window := fields.get("sliding_window"), str):  # the fused release quotes it
-        words = {"none": None, "null": None}
-        fields["sliding_window"] = (int(window) if window.isdecimal()
-                                    else words.get(window.lower(), window))
-    context = CONTEXT.get(fields["hidden_size"], MixtralConfig.max_position_embeddings)
-    return MixtralConfig.from_dict({"max_position_embeddings": context} | fields)
+    fields = {PARAMS.get(name, name): value for name, value in raw.items()}
+    fields = {name: value for name, value in fields.items()
+              if value is not None and (value != 0 or name not in OPTIONAL)}
+    required = {field: name for name, field in PARAMS.items() if field not in OPTIONAL}
+    if missing := [name for field, name in required.items() if field not in fields]:
+        raise ValueError(f"{path}: not the params.json of a Mixtral: missing {', '.join(missing)}")
+    window = str(fields.get("sliding_window")).lower()
+    if window in ("none", "null") or window.isdecimal():  # the fused release writes it as a string
+        fields["sliding_window"] = int(window) if window.isdecimal() else None
+    config = MixtralConfig.from_dict(fields)
+    if "max_position_embeddings" in fields:
+        return config
+    return dataclasses.replace(config, max_position_embeddings=context_length(config))
 
 
-def params_of(config):
-    """The params.json of a configuration, by the same table, without what goes without saying."""
-    fields = {name: getattr(config, field) for name, field in PARAMS.items()}
-    moe = {name: fields.pop(name) for name in ("num_experts_per_tok", "num_experts")}
-    unsaid = {"sliding_window": None, "max_seq_len": CONTEXT.get(
-        config.hidden_size, MixtralConfig.max_position_embeddings)}
-    return {name: value for name, value in fields.items()
-            if name not in unsaid or value != unsaid[name]} | {"moe": moe}
+def context_length(config):
+    """The context length of 8x22B or of 8x7B, as released. params.json rarely holds it."""
+    return 65536 if config.hidden_size == 6144 else 32768
 
 
-def converted(name, weight, dtype):
-    """Contiguous, in a dtype. Raises ValueError where that makes a number infinite."""
-    result = weight.to(dtype).contiguous()
-    if dtype != weight.dtype and (result.isinf() & weight.isfinite()).any():
-        raise ValueError(f"{name}: too large for {dtype}; choose another --dtype")
-    return result
+def params_from_config(config):
+    """The params.json of a configuration, without a window or context of the default size."""
+    params = {name: getattr(config, field) for name, field in PARAMS.items()}
+    moe = {name: params.pop(name) for name in ("num_experts_per_tok", "num_experts")}
+    defaults = {"sliding_window": None, "max_seq_len": context_length(config)}
+    return {name: value for name, value in params.items()
+            if name not in defaults or value != defaults[name]} | {"moe": moe}
+
+
+# ------------------------------------------------------------------ reading weights
+
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+READ_SIZE = 2**18  # bytes; a block of this size stays in the CPU's cache until it is written
+
+
+class ConcatenatedFiles(io.RawIOBase):
+    """Several files read as if they were one, so that a split checkpoint need not be joined."""
+
+    def __init__(self, paths):
+        self.files = [open(path, "rb", buffering=0) for path in paths]
+        self.starts = [0, *itertools.accumulate(os.path.getsize(path) for path in paths)]
+        self.position = 0
+
+    def close(self):
+        for file in self.files:
+            file.close()
+        super().close()
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.position = offset + (0, self.position, self.starts[-1])[whence]
+        return self.position
+
+    def readinto(self, buffer):
+        """Fill the buffer unless the last file ends before. Returns the number of bytes read."""
+        free = memoryview(buffer)
+        while len(free) and self.position < self.starts[-1]:
+            n = bisect.bisect(self.starts, self.position) - 1
+            self.files[n].seek(self.position - self.starts[n])
+            count = self.files[n].readinto(free)
+            if not count:
+                break
+            self.position, free = self.position + count, free[count:]
+        return len(buffer) - len(free)
+
+
+def as_buffer(tensor):
+    """The memory of a contiguous CPU tensor. PyTorch itself exposes it only through NumPy."""
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. Its numbers have not been read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a str describes something that is not a contiguous float tensor
+    paths: tuple[Path, ...]  # several if the file is split
+    offset: int  # in bytes, from the start of the file
+
+    def rows(self, first, count, step):
+        """Read the rows first … first + count − 1 in order, `step` rows at a time."""
+        row_size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        try:
+            with ConcatenatedFiles(self.paths) as file:
+                file.seek(self.offset + first * row_size)
+                for n in range(0, count, step):
+                    tensor = torch.empty(min(step, count - n), *self.shape[1:], dtype=self.dtype)
+                    if file.readinto(as_buffer(tensor)) != tensor.nbytes:
+                        raise ValueError(f"{self.paths[0]}: the file ends before its tensors do")
+                    yield tensor
+        except OSError as error:
+            raise ValueError(f"{self.paths[0]}: not readable: {error.strerror}") from None
+
+
+def record_sizes(file):
+    """Map the offset of each record in a file of torch.save to its size. The file is a zip archive.
+
+    Raises ValueError if records are compressed, are big-endian or do not follow one another. No
+    checksum protects the lengths from which an offset is computed, hence the last check.
+    """
+    archive, sizes = zipfile.ZipFile(file), {}
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends = [*(entry.header_offset for entry in entries), archive.start_dir][1:]
+    for entry, end in zip(entries, ends, strict=True):
+        if entry.compress_type:
+            raise ValueError("compressed, but torch.save does not compress; load and save it again")
+        if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+            raise ValueError("big-endian; load and save it again on a little-endian machine")
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
+        start = entry.header_offset + 30 + name_length + extra_length
+        large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
+        descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # bytes after the content
+        if start + entry.file_size + descriptor != end:
+            raise ValueError(f"incomplete or damaged at {entry.filename}")
+        sizes[start] = entry.file_size
+    return sizes
+
+
+def unpickle(file):
+    """The dict in a file of torch.save, on the meta device, and the sizes of the file's records."""
+    if file.read(4) != b"PK\3\4":
+        raise ValueError("not a zip archive as torch.save writes since version 1.6; "
+                         "load it and save it again")
+    sizes = record_sizes(file)
+    file.seek(0)
+    try:
+        content = torch.load(file, map_location="meta", weights_only=True)
+    except UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"refused, because it would run {code[1]}; wanted a dict of tensors"
+                         if code else "incomplete or damaged") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
+    return content, sizes
+
+
+def open_pickle(paths):
+    """Yield the name of each tensor in a file of torch.save, which may be split, and the tensor."""
+    with ConcatenatedFiles(paths) as file:
+        content, sizes = unpickle(file)
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+            yield str(name), Stored((), type(value).__name__, paths, 0)
+            continue
+        storage = value.untyped_storage()
+        start = storage._checkpoint_offset  # set by torch.load: where the storage's bytes begin
+        if storage.nbytes() and sizes.get(start) != storage.nbytes():
+            raise ValueError(f"{name} is not where torch.save puts it; the file is damaged or was "
+                             "repacked; load it and save it again")
+        offset = start + value.storage_offset() * value.itemsize
+        yield str(name), Stored(tuple(value.shape), value.dtype, paths, offset)
+
+
+def open_safetensors(paths):
+    """Yield the name of each tensor in a safetensors file, and the tensor."""
+    with safe_open(paths[0], framework="pt"):
+        pass  # the library has now checked that the header is sound and the file complete
+    with open(paths[0], "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        dtype, offset = entry["dtype"], 8 + length + entry["data_offsets"][0]
+        yield name, Stored(tuple(entry["shape"]), FLOATS.get(dtype, dtype), paths, offset)
+
+
+def open_all(directory):
+    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
+    stored, problems = {}, []
+    for paths in weight_files(directory):
+        opened = open_safetensors if paths[0].suffix == ".safetensors" else open_pickle
+        try:
+            for name, tensor in opened(paths):
+                if name in stored:
+                    problems.append(f"{name} is in both {stored[name].paths[0].name} and "
+                                    f"{paths[0].name}")
+                stored[name] = tensor
+        except Exception as error:  # damaged bytes lead the two libraries to errors of any type
+            text = reason(error).splitlines()[0]
+            damaged = "" if type(error) is ValueError else "incomplete or damaged: "
+            problems.append(f"{paths[0].name}: {damaged}{text}")
+    refuse_if(problems, directory)
+    return stored
+
+
+def refuse_if(problems, place, shown=20):
+    """Raise a ValueError that lists the problems found in a place, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - shown} more problems"] if len(problems) > shown else []
+        raise ValueError(f"{place}: {'; '.join(problems[:shown] + more)}")
+
+
+def read_index(path):
+    """The files that a shard index (*.index.json) names, all of them in the index's directory.
+
+    Raises ValueError if a file is missing or lies in another directory.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: wanted a weight_map from names to files")
+    names = sorted({str(name) for name in weight_map.values()})
+    refuse_if([f"names {name:.80}, a file outside its directory" for name in names
+               if os.path.basename(name) != name], path)
+    files = [path.parent / name for name in names]
+    refuse_if([f"missing {name:.80}" for name, file in zip(names, files, strict=True)
+               if not os.path.isfile(file)], path.parent)
+    return files
+
+
+def weight_files(directory):
+    """The files with the weights. Each is a tuple of its parts, which has one item unless split.
+
+    Of several sets of files, the first in the order below is read. Raises ValueError if there are
+    none, or if a file or part is missing.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
+        if (index := directory / f"{stem}.index.json").exists():
+            return [(file,) for file in read_index(index)]
+        if (directory / stem).exists():
+            return [(directory / stem,)]
+    names = sorted(path.name for path in directory.glob("consolidated.*"))
+    whole = [name for name in names if re.fullmatch(r"consolidated\.\d+\.pth?", name)]
+    if whole:
+        return [(directory / name,) for name in whole]
+    parts = [directory / name for name in names
+             if re.fullmatch(r"consolidated\.00\.pth-split[0-9]{1,3}", name)]
+    if not parts:
+        raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
+                         "pytorch_model*.bin or consolidated.*")
+    parts.sort(key=lambda path: (len(path.name), path.name))  # split2 before split10
+    last = int(parts[-1].name.rpartition("split")[2])
+    wanted = [f"consolidated.00.pth-split{n}" for n in range(last + 1)]
+    refuse_if([f"missing {name}" for name in wanted if directory / name not in parts], directory)
+    return [tuple(parts)]
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint found to be whole and well-formed, of which no weight has been read."""
+    """A complete and well-formed checkpoint. None of its numbers has been read."""
 
     layout: int
     config: MixtralConfig
     stored: dict[str, Stored]
-    dtype: torch.dtype  # to be converted to
-
-    def fetch(self, parameter, to):
-        """Yield the rows of one tensor of another layout, the fused one excepted, in pieces."""
-        name, F = parameter.names[self.layout], self.config.intermediate_size
-        stored, fused = self.stored[name], self.layout == FUSED and parameter.expert is not None
-        first, count = (parameter.expert * F, F) if fused else (0, parameter.shape[0])
-        transposed = fused and name.endswith("w2")
-        permuted = parameter.heads and (self.layout == HUGGINGFACE) != (to == HUGGINGFACE)
-        step = count
-        if not (transposed or permuted):
-            row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-            step = max(1, PIECE // row)
-        for at in range(first, first + count, step):
-            weight = stored.read(slice(at, min(at + step, first + count)))
-            if transposed:
-                weight = weight.T
-            if permuted:
-                columns = 2 if to == HUGGINGFACE else self.config.head_dim // 2
-                weight = regroup(weight, parameter.heads, columns)
-            yield converted(name, weight, self.dtype)
+    dtype: torch.dtype  # the one to convert to
 
 
-def misfits(stored, layout, config):
-    """A phrase for each tensor that is missing, unknown, mis-shaped or no plain floats."""
+def mismatches(stored, layout, config):
+    """One phrase for each tensor that is missing, unknown, or of a wrong shape or type."""
     expected = {p.names[layout]: p.shape for p in parameters(config)}
     if layout == FUSED:
-        block = config.num_local_experts * config.intermediate_size, config.hidden_size
-        expected |= {name: block for name in expected if not name.endswith(".weight")}
-    wrong = [f"missing {name}" for name in expected if name not in stored]
+        fused = config.num_local_experts * config.intermediate_size, config.hidden_size
+        expected |= {name: fused for name in expected if not name.endswith(".weight")}
+    problems = [f"missing {name}" for name in expected if name not in stored]
     for name, tensor in stored.items():
         if name not in expected:
-            wrong.append(f"unknown {name}")
-        elif tensor.dtype not in DTYPES.values():
-            wrong.append(f"{name} is {tensor.dtype}, not a contiguous tensor of floats")
+            problems.append(f"unknown {name}")
+        elif tensor.dtype not in FLOATS.values():
+            problems.append(f"{name} is {tensor.dtype}, not a contiguous tensor of floats")
         elif tensor.shape != expected[name]:
-            wrong.append(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
-    return wrong
+            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
+    return problems
 
 
 def open_checkpoint(directory, dtype=None):
-    """Find out what a directory holds. Raises ValueError naming all that is wrong with it."""
+    """Find out which layout a directory holds and check it against its configuration.
+
+    `dtype` is the one to convert to; None keeps the checkpoint's. Raises ValueError listing what is
+    wrong.
+    """
     stored = open_all(directory)
-    known = [sum(spell(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
-    if not any(known):
-        raise ValueError(f"{directory}: no tensor has a name of Mixtral's; the first of "
+    matches = [sum(full_name(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
+    if not any(matches):
+        raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
                          f"{len(stored)} is {next(iter(stored), None)}")
-    layout = known.index(max(known))
+    layout = matches.index(max(matches))
     if layout == HUGGINGFACE:
         config = MixtralConfig.from_dict(read_json(directory / "config.json"))
     else:
         config = read_params(directory / "params.json")
-    wrong = misfits(stored, layout, config)
+    refuse_if(mismatches(stored, layout, config),
+              f"{directory}: the weights do not fit the configuration")
     dtypes = {tensor.dtype for tensor in stored.values()}
-    if not (wrong or dtype) and len(dtypes) > 1:
-        wrong = [f"dtypes {' and '.join(sorted(map(str, dtypes)))}: choose one with --dtype"]
-    if wrong:
-        raise ValueError(f"{directory}: does not fit its configuration: {'; '.join(wrong)}")
+    if not dtype and len(dtypes) > 1:
+        raise ValueError(f"{directory}: the weights have the dtypes "
+                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
     return Checkpoint(layout, config, stored, dtype or dtypes.pop())
 
 
-def amount(count):
-    """Bytes in powers of a thousand, as disks are sold."""
-    power = min(int(math.log(max(count, 1), 1000)), 4)
-    return f"{count / 1000**power:.{int(power > 0)}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+# ------------------------------------------------------------------ writing files
+
+FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of weights
+WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
-class Progress:
-    """Bytes, rate and time left: one line rewritten on a terminal, else a line now and then."""
+class Lazy(NamedTuple):
+    """A tensor for `write_safetensors` whose numbers are computed when they are written.
 
-    def __init__(self, total):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-        self.shown, self.terminal = self.start, sys.stdout.isatty()
+    `pieces()` yields contiguous CPU tensors of this dtype. Joined in order, their elements are
+    those of the tensor.
+    """
 
-    def add(self, count):
-        self.done += count
-        now, last = time.monotonic(), self.done == self.total
-        if not last and now - self.shown < (0.1 if self.terminal else 30):
-            return
-        self.shown, rate = now, self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate
-        print("\r" * self.terminal + f"{amount(self.done)} of {amount(self.total)}, "
-              f"{amount(rate)}/s, {left // 60:.0f} min {left % 60:02.0f} s left".ljust(58),
-              end="" if self.terminal and not last else "\n", flush=True)
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Callable[[], Iterable[torch.Tensor]]
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path, group, checkpoint, to, progress):
-    """The header's length, the header, then the bytes of each tensor as soon as it is read."""
-    code = {dtype: code for code, dtype in DTYPES.items()}[checkpoint.dtype]
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for parameter, size in group:
-        header[parameter.names[to]] = {"dtype": code, "shape": parameter.shape,
-                                       "data_offsets": [end, end + size]}
-        end += size
+def check_tensor(name, tensor):
+    """Raises ValueError unless the bytes of a tensor can be written as they are in memory."""
+    if tensor.dtype not in WRITABLE.values():
+        raise ValueError(f"{name}: cannot write {tensor.dtype}; convert it to one of "
+                         f"{', '.join(map(str, WRITABLE.values()))}")
+    if isinstance(tensor, torch.Tensor):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: is on the device {tensor.device}; call .cpu() first")
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise ValueError(f"{name}: is not contiguous; call .contiguous() first")
+
+
+def checked_pieces(name, tensor):
+    """Yield the pieces of a tensor. Raises ValueError unless they have its dtype and its size."""
+    size = 0
+    for piece in tensor.pieces() if isinstance(tensor, Lazy) else [tensor]:
+        check_tensor(name, piece)
+        if piece.dtype != tensor.dtype:
+            raise ValueError(f"{name}: wanted {tensor.dtype}, got a piece of {piece.dtype}")
+        yield piece
+        size += piece.nbytes
+    if size != tensor.nbytes:
+        raise ValueError(f"{name}: wanted {tensor.nbytes} bytes, got {size}")
+
+
+def in_aligned_order(tensors):
+    """The tensors in an order in which each begins at a multiple of its item size.
+
+    That is the given order where possible, and otherwise one by descending item size.
+    """
+    begin = 0
+    for tensor in tensors.values():
+        if begin % tensor.dtype.itemsize:
+            return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        begin += tensor.nbytes
+    return tensors
+
+
+def safetensors_header(tensors, metadata):
+    """The first bytes of a safetensors file: the length of the JSON text, and the JSON text."""
+    if wrong := [name for name, text in metadata.items() if not isinstance(text, str)]:
+        raise ValueError(f"metadata {wrong[0]}: wanted a str, got {metadata[wrong[0]]!r:.80}")
+    codes = {dtype: code for code, dtype in WRITABLE.items()}
+    header, end = {"__metadata__": dict(metadata)}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # aligns the tensors for those who map them
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for parameter, size in group:
-            for weight in checkpoint.fetch(parameter, to):
-                file.write(memory(weight))
-            progress.add(size)
+    text += b" " * (-len(text) % 8)  # aligns the tensors for programs that map the file
+    return len(text).to_bytes(8, "little") + text
 
 
-def shards(checkpoint, to, limit):
-    """Files by name, each with its parameters and their bytes: `limit` bytes at most, or one."""
-    groups, room = [], 0
-    for parameter in parameters(checkpoint.config):
-        size = math.prod(parameter.shape) * checkpoint.dtype.itemsize
-        if not groups or size > room and not to:
-            groups.append([])
-            room = limit
-        groups[-1].append((parameter, size))
-        room -= size
-    if len(groups) == 1:
-        return {"consolidated.safetensors" if to else "model.safetensors": groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group
-            for n, group in enumerate(groups, 1)}
+def write_safetensors(path, tensors, metadata=FORMAT):
+    """Write a safetensors file. It is complete or, after any error, not there.
+
+    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. The library's own
+    writer needs NumPy. Raises ValueError for a tensor that is not contiguous, not on the CPU or of
+    another dtype, and for a file that cannot be written.
+    """
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    tensors = in_aligned_order(tensors)
+    header = safetensors_header(tensors, metadata)
+    with complete_or_absent(path) as part, open(part, "wb") as file:
+        file.write(header)
+        for name, tensor in tensors.items():
+            for piece in checked_pieces(name, tensor):
+                file.write(as_buffer(piece))
+
+
+def check_output(path, directory=False):
+    """Raises ValueError unless a file or a directory can be created or replaced at this path.
+
+    A device, a pipe or the like is never replaced. Call this before expensive work.
+    """
+    real = Path(os.path.realpath(path))
+    if real.exists() and not (real.is_dir() if directory else real.is_file()):
+        kind = "a directory" if directory else "a regular file"
+        raise ValueError(f"{path}: not written: it exists and is not {kind}; choose another path")
+    parent = real.parent
+    while directory and not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{path}: not written: {parent} is not a writable directory")
+
+
+@contextlib.contextmanager
+def complete_or_absent(path, directory=False):
+    """A temporary path for a file or a directory that takes the place of `path` at the end.
+
+    After any error, Ctrl-C included, the temporary file is removed and `path` is as it was. If
+    `path` is a link, its target is replaced. Raises ValueError if `path` cannot be written.
+    """
+    check_output(path, directory)
+    place = Path(os.path.realpath(path))
+    part, _ = temporary_places(place)
+    try:
+        remove(part)
+        if directory:
+            part.mkdir(parents=True)
+        yield part
+        put_in_place(part, place)
+    except OSError as error:
+        raise ValueError(f"{path}: not written: {reason(error)}") from None
+    finally:
+        remove(part)
+
+
+def temporary_places(place):
+    """Where an output is until it is complete, and where a directory that it replaces waits."""
+    return place.with_name(f".{place.name}.part"), place.with_name(f".{place.name}.old")
+
+
+def put_in_place(part, place):
+    """Rename `part` to `place`. A directory that is there already is moved aside meanwhile."""
+    if not place.is_dir():
+        part.replace(place)
+        return
+    _, old = temporary_places(place)
+    remove(old)
+    try:
+        place.rename(old)
+        part.rename(place)
+    except BaseException:
+        if not place.exists():
+            old.rename(place)
+        raise
+    remove(old)
+
+
+def remove(path):
+    """Delete a file or a directory with all it holds, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def reason(error):
+    """The text of an error, without the number of an OSError. If it has no text, its type."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) or type(error).__name__
 
 
 def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def merges(t):
-    """Any split of a piece into two pieces is a merge, ranked by the score of the whole.
+# ------------------------------------------------------------------ converting the weights
 
-    Equal scores rank by id; only the runs of spaces have them, the shorter first.
+
+def cast(name, weight, dtype):
+    """A contiguous copy in another dtype. Raises ValueError if a number would become infinite."""
+    result = weight.to(dtype).contiguous()
+    if dtype != weight.dtype and (result.isinf() & weight.isfinite()).any():
+        raise ValueError(f"{name}: holds numbers too large for {dtype}; choose another --dtype")
+    return result
+
+
+def read_parameter(checkpoint, parameter, to):
+    """Yield the rows of a parameter as the layout `to` orders them, in contiguous pieces.
+
+    A parameter that is transposed or reordered is one piece. The rows of any other are read
+    READ_SIZE bytes at a time.
     """
-    ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
-    return [f"{piece[:at]} {piece[at:]}" for piece in ranked for at in range(1, len(piece))
-            if piece[:at] in t.scores and piece[at:] in t.scores]
+    name, layout, config = parameter.names[checkpoint.layout], checkpoint.layout, checkpoint.config
+    stored, first, count = checkpoint.stored[name], 0, parameter.shape[0]
+    fused = layout == FUSED and parameter.expert is not None
+    if fused:
+        count = config.intermediate_size
+        first = parameter.expert * count
+    transposed = fused and name.endswith("w2")
+    reordered = parameter.heads and (layout == HUGGINGFACE) != (to == HUGGINGFACE)
+    row_size = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+    step = count if transposed or reordered else max(1, READ_SIZE // row_size)
+    for weight in stored.rows(first, count, step):
+        if transposed:
+            weight = weight.T
+        if reordered:
+            columns = 2 if to == HUGGINGFACE else config.head_dim // 2
+            weight = regroup(weight, parameter.heads, columns)
+        yield cast(name, weight, checkpoint.dtype)
 
 
-def fast_tokenizer(t):
-    """The tokenizer.json of a tokenizer.model: prefix ▁, spaces to ▁, BPE, and BOS in front."""
-    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-    bos = t.pieces[t.bos_id]
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
-    text, more = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
-    to_text = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-               {"type": "ByteFallback"}, {"type": "Fuse"},
-               {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": t.pieces[i], "special": True} | plain
-                         for i in sorted({t.unk_id, *t.control})],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "post_processor": {
-            "type": "TemplateProcessing", "single": [start, text], "pair": [start, text, more],
-            "special_tokens": {bos: {"id": bos, "ids": [t.bos_id], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": to_text},
-        "model": {"type": "BPE", "unk_token": t.pieces[t.unk_id], "fuse_unk": True,
-                  "byte_fallback": True, "merges": merges(t),
-                  "vocab": {piece: i for i, piece in enumerate(t.pieces)}}}
+def output_tensors(checkpoint, to):
+    """The tensors to write by name, in the order of the forward pass. Nothing is read yet."""
+    return {p.names[to]: Lazy(p.shape, checkpoint.dtype, partial(read_parameter, checkpoint, p, to))
+            for p in parameters(checkpoint.config)}
 
 
-def write_tokenizer(source, part, config):
-    """What transformers needs beside tokenizer.model, if the input has not brought it.
+def shards(tensors, to, limit):
+    """The tensors of each file. A file has at most `limit` bytes of tensors, or one larger tensor.
 
-    Raises ValueError for a tokenizer that cannot be this model's.
+    The Mistral layout has only one file.
     """
-    if (part / "tokenizer.json").exists():
-        return
-    t = Tokenizer(part / "tokenizer.model")
-    if t.vocab_size > config.vocab_size:
-        raise ValueError(f"{source / 'tokenizer.model'}: {t.vocab_size} pieces, but the model has "
-                         f"only {config.vocab_size}: they do not belong together")
-    write_json(part / "tokenizer.json", fast_tokenizer(t))
-    names = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
-    if not (part / "tokenizer_config.json").exists():
-        write_json(part / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: t.pieces[i] for name, i in names.items()}})
+    groups, free = [{}], math.inf if to == MISTRAL else limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > free and groups[-1]:
+            groups.append({})
+            free = limit
+        groups[-1][name] = tensor
+        free -= tensor.nbytes
+    if len(groups) == 1:
+        return {"consolidated.safetensors" if to == MISTRAL else "model.safetensors": groups[0]}
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group
+            for n, group in enumerate(groups, 1)}
+
+
+def total_size(files):
+    """The bytes of all tensors in the files that `shards` has planned."""
+    return sum(tensor.nbytes for group in files.values() for tensor in group.values())
+
+
+def write_weights(part, files):
+    """Write all files with weights, and an index if there are several."""
+    progress = Progress(total_size(files))
+    for file, group in files.items():
+        write_safetensors(part / file, {n: progress.watch(tensor) for n, tensor in group.items()})
+    if len(files) > 1:
+        write_json(part / "model.safetensors.index.json", {
+            "metadata": {"total_size": total_size(files)},
+            "weight_map": {name: file for file, group in files.items() for name in group}})
+
+
+# ------------------------------------------------------------------ configuration and tokenizer
+
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
 
 def write_small_files(source, part, checkpoint, to):
-    """All but the weights: configuration and tokenizer."""
-    for name in EXTRAS[:1] if to else EXTRAS:
+    """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer."""
+    models = list(source.glob("tokenizer.model")) or list(source.glob("tokenizer.model.v*"))
+    if len(models) == 1:  # newer releases of 8x22B call it tokenizer.model.v3
+        shutil.copyfile(models[0], part / "tokenizer.model")
+    else:
+        report(f"{source} has no tokenizer.model; copy the one of this model to the output")
+    if to == MISTRAL:
+        write_json(part / "params.json", params_from_config(checkpoint.config))
+        return
+    for name in EXTRAS:
         if (source / name).exists():
             shutil.copyfile(source / name, part / name)
-    model, versions = part / "tokenizer.model", sorted(source.glob("tokenizer.model.v*"))
-    if not model.exists() and len(versions) == 1:  # 8x22B's newer releases name it .v3
-        shutil.copyfile(versions[0], model)
-    if not model.exists():
-        print(f"{source} has no tokenizer.model: put the model's own into the output")
-    elif not to:
-        write_tokenizer(source, part, checkpoint.config)
-    if to:
-        write_json(part / "params.json", params_of(checkpoint.config))
-    else:
-        write_configs(part, checkpoint.config, checkpoint.dtype)
+    write_config(part, checkpoint.config, checkpoint.dtype)
+    if len(models) == 1 and not (part / "tokenizer.json").exists():
+        write_tokenizer(models[0], part, checkpoint.config)
 
 
-def write_configs(part, config, dtype):
-    """config.json, with rope_theta where transformers 4 wrote it: 5 and `from_dict` read both."""
+def write_config(part, config, dtype):
+    """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
     write_json(part / "config.json", {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
         **dataclasses.asdict(config), "torch_dtype": str(dtype).removeprefix("torch.")})
@@ -544,115 +743,194 @@ def write_configs(part, config, dtype):
             "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
 
 
-def write_all(source, part, checkpoint, to, files):
-    """Small files first, for they can be refused; the index last."""
-    write_small_files(source, part, checkpoint, to)
-    total = sum(size for group in files.values() for _, size in group)
-    progress = Progress(total)
-    for name, group in files.items():
-        write_safetensors(part / name, group, checkpoint, to, progress)
-    if len(files) > 1:
-        weight_map = {p.names[to]: name for name, group in files.items() for p, _ in group}
-        write_json(part / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+def write_tokenizer(model, part, config):
+    """Write the files that transformers reads instead of a tokenizer.model.
+
+    Raises ValueError if the tokenizer.model cannot belong to this model.
+    """
+    t = Tokenizer(model)
+    if t.vocab_size > config.vocab_size:
+        raise ValueError(f"{model}: has {t.vocab_size} pieces, but the model's vocabulary has only "
+                         f"{config.vocab_size}; they do not belong together")
+    write_json(part / "tokenizer.json", fast_tokenizer(t))
+    if not (part / "tokenizer_config.json").exists():
+        ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
+        write_json(part / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            **{name: t.pieces[i] for name, i in ids.items()}})
 
 
-def beside(out):
-    """Where an output is while it is not complete, and where what it replaces waits meanwhile."""
-    return out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+def fast_tokenizer(t):
+    """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
+    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": t.pieces[i], "special": True} | plain
+                         for i in sorted({t.unk_id, *t.control})],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "post_processor": bos_template(t),
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "unk_token": t.pieces[t.unk_id], "fuse_unk": True,
+                  "byte_fallback": True, "merges": merges(t),
+                  "vocab": {piece: i for i, piece in enumerate(t.pieces)}}}
 
 
-def check_places(source, out, overwrite):
-    """Raises ValueError unless the output can take its place without harm to anything else."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
-    if any(place in (source, *source.parents) for place in (out, *beside(out))):
-        raise ValueError(f"{out}: the output may neither be nor hold the input {source}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file, wanted a directory")
-    held = list(out.iterdir()) if out.exists() else []
-    if held and not overwrite:
-        raise ValueError(f"{out}: is not empty; choose another directory or add --overwrite")
-    checkpoint = any(path.name in ("config.json", "params.json") for path in held)
-    if held and not checkpoint or any(path.is_dir() for path in held):
-        raise ValueError(f"{out}: --overwrite replaces checkpoints only, and this is more or none")
+def bos_template(t):
+    """The post-processor that puts BOS in front of a text or of a pair of texts."""
+    bos = t.pieces[t.bos_id]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    return {"type": "TemplateProcessing",
+            "single": [start, first], "pair": [start, first, second],
+            "special_tokens": {bos: {"id": bos, "ids": [t.bos_id], "tokens": [bos]}}}
 
 
-@contextlib.contextmanager
-def complete_or_absent(out):
-    """A directory to write to, which becomes `out` at the end and vanishes on any error."""
-    part, old = beside(out)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+def merges(t):
+    """The merges of a BPE, best first: every split of a piece into two other pieces.
+
+    A merge ranks as its result does, by score. Equal scores rank by id; only runs of spaces have
+    them, and the shorter run comes first.
+    """
+    ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
+    return [f"{piece[:n]} {piece[n:]}" for piece in ranked for n in range(1, len(piece))
+            if piece[:n] in t.scores and piece[n:] in t.scores]
+
+
+# ------------------------------------------------------------------ the program
+
+
+def report(text, end="\n"):
+    """Print a line at once. If nobody reads it (a broken pipe), later lines go nowhere."""
     try:
-        yield part
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        part.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        print(text, end=end, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # none fails again at exit
+        if not isinstance(error, BrokenPipeError):
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def human_size(count):
+    """A number of bytes in powers of 1000.
+
+    >>> human_size(999), human_size(93_405_585_408)
+    ('999 B', '93.4 GB')
+    """
+    power = min(int(math.log(max(count, 1), 1000)), 4)
+    return f"{count / 1000**power:.{int(power > 0)}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
+
+
+class Progress:
+    """Bytes, rate and remaining time: one line that is rewritten on a terminal, or some lines."""
+
+    def __init__(self, total):
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.shown, self.terminal = self.start, sys.stdout.isatty()
+
+    def watch(self, tensor):
+        """The same lazy tensor, whose pieces are counted when they have been written."""
+        def pieces():
+            for piece in tensor.pieces():
+                yield piece
+                self.add(piece.nbytes)
+        return tensor._replace(pieces=pieces)
+
+    def add(self, count):
+        self.done += count
+        now, last = time.monotonic(), self.done == self.total
+        if not last and now - self.shown < (0.1 if self.terminal else 30):
+            return
+        self.shown, rate = now, self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / rate
+        line = (f"{human_size(self.done)} of {human_size(self.total)}, {human_size(rate)}/s, "
+                f"{left // 60:.0f} min {left % 60:02.0f} s left").ljust(58)
+        rewritten = self.terminal and not last
+        report("\r" * self.terminal + line, end="" if rewritten else "\n")
 
 
 def announce(source, out, checkpoint, files):
-    """Say what was found and what will be written. Raises ValueError if the disk is too small."""
-    config, dtype = checkpoint.config, checkpoint.dtype
-    counts = [(math.prod(p.shape), p.expert is not None) for p in parameters(config)]
-    total, experts = sum(n for n, _ in counts), sum(n for n, expert in counts if expert)
-    unused = experts - experts * config.num_experts_per_tok // config.num_local_experts
-    size = total * dtype.itemsize
+    """Print what was found and what will be written."""
+    config, counts = checkpoint.config, {False: 0, True: 0}
+    for parameter in parameters(config):
+        counts[parameter.expert is not None] += math.prod(parameter.shape)
+    used = counts[False] + counts[True] * config.num_experts_per_tok // config.num_local_experts
+    report(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.stored)} tensors; "
+           f"{sum(counts.values()):,} parameters, {used:,} used per token")
+    report(f"{out}: {human_size(total_size(files))} of {checkpoint.dtype} to write, "
+           f"files: {len(files)}")
+
+
+def check_space(out, size):
+    """Raises ValueError if so many bytes do not fit on the disk."""
     free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
-    print(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.stored)} tensors; "
-          f"{total:,} parameters, {total - unused:,} used for a token")
-    print(f"{out}: {amount(size)} of {dtype} to write, files: {len(files)}; {amount(free)} free",
-          flush=True)
     if size > free:
-        raise ValueError(f"{out}: needs {amount(size)}, the disk has {amount(free)} free")
+        raise ValueError(f"{out}: needs {human_size(size)}, the disk has {human_size(free)} free")
+
+
+def check_places(source, out, overwrite):
+    """Raises ValueError unless the output can be written without harm to any other files."""
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory")
+    if any(place in (source, *source.parents) for place in (out, *temporary_places(out))):
+        raise ValueError(f"{out}: the output may neither be nor contain the input {source}")
+    check_output(out, directory=True)
+    content = list(out.iterdir()) if out.exists() else []
+    if content and not overwrite:
+        raise ValueError(f"{out}: is not empty; choose another directory or add --overwrite")
+    checkpoint = any(path.name in ("config.json", "params.json") for path in content)
+    if content and not checkpoint or any(path.is_dir() for path in content):
+        raise ValueError(f"{out}: --overwrite replaces only a directory that holds a checkpoint "
+                         "and no other directory")
 
 
 def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False):
-    """Convert a directory. Raises ValueError or OSError, and then leaves no output."""
-    source, out = source.resolve(), out.resolve()
+    """Convert the checkpoint in the directory `source` to the layout `to` in the directory `out`.
+
+    `limit` is the size of a file in bytes. Raises ValueError or OSError and then writes nothing.
+    """
+    source, out = Path(source).resolve(), Path(out).resolve()
     check_places(source, out, overwrite)
     checkpoint = open_checkpoint(source, dtype)
-    files = shards(checkpoint, to, limit)
+    files = shards(output_tensors(checkpoint, to), to, limit)
     announce(source, out, checkpoint, files)
-    with complete_or_absent(out) as part:
-        write_all(source, part, checkpoint, to, files)
+    check_space(out, total_size(files))
+    with complete_or_absent(out, directory=True) as part:
+        write_small_files(source, part, checkpoint, to)  # first, since it may refuse
+        write_weights(part, files)
 
 
 def size_in_bytes(text):
-    """256MB, 4GB, 1.5GiB or a bare number of bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?B?", text, re.IGNORECASE)
+    """A number of bytes as people write it.
+
+    >>> size_in_bytes("256MB"), size_in_bytes("1.5GiB"), size_in_bytes("1000")
+    (256000000, 1610612736, 1000)
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?B?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"wanted a size as 256MB or 4GB, got {text!r}")
     power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
 def arguments(argv):
-    p = Parser(prog="convert.py", description="Convert a Mixtral checkpoint.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog="convert.py", description="Convert a Mixtral checkpoint.", allow_abbrev=False)
     p.add_argument("--input-dir", "--input_dir", type=Path, required=True, metavar="RAW",
                    help="a checkpoint as Mistral or Hugging Face released it")
     p.add_argument("--output-dir", "--output_dir", type=Path, required=True, metavar="OUT",
-                   help="a directory to be made")
+                   help="the directory to create")
     p.add_argument("--to", choices=("huggingface", "mistral"), default="huggingface",
-                   help="layout to write (default: %(default)s)")
-    p.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES.values()],
-                   help="convert the numbers (default: keep them)")
+                   help="the layout to write (default: %(default)s)")
+    p.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in FLOATS.values()],
+                   help="convert the numbers (default: keep their dtype)")
     p.add_argument("--max-shard-size", type=size_in_bytes, default="4GB", metavar="SIZE",
-                   help="of one file, as 256MB (default: %(default)s); mistral's is always one")
+                   help="size of a file, as 256MB (default: %(default)s); ignored for mistral")
     p.add_argument("--overwrite", action="store_true",
-                   help="replace a checkpoint in OUT, once the new one is complete")
+                   help="replace a checkpoint in OUT when the new one is complete")
     return p.parse_args(argv)
 
 
@@ -660,27 +938,26 @@ def run(args):
     to = MISTRAL if args.to == "mistral" else HUGGINGFACE
     dtype = getattr(torch, args.dtype) if args.dtype else None
     convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.overwrite)
-    out = shlex.quote(str(args.output_dir))
-    print(f"next: give {out} to Mistral's own code" if to else
-          f'next: python generate.py --model {out} --prompt "..."')
+    out = str(args.output_dir)
+    out = shlex.quote(f"./{out}" if out.startswith("-") else out)
+    report(f"next: give {out} to Mistral's own code" if to == MISTRAL else
+           f'next: python generate.py --model {out} --prompt "..."')
 
 
 def main(argv=None):
     args = arguments(argv)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         run(args)
         return 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}" if error.filename else error
-        print(f"convert.py: {reason}", file=sys.stderr)
+        message = reason(error)
     except ValueError as error:
-        print(f"convert.py: {error}", file=sys.stderr)
+        message = " ".join(str(error).splitlines())
+    print(f"convert.py: {message}", file=sys.stderr)
     return 1
 
 

@@ -1,186 +1,181 @@
-"""Mixtral 8x7B, whole: a decoder in which each token visits two of eight feed-forward experts.
+"""Mixtral 8x7B: a transformer decoder whose feed-forward layers are sparse mixtures of experts.
 
-The forward pass, of which everything below is a part:
+Every layer holds eight feed-forward networks, called experts, and a router that sends each token
+to two of them. The model stores 46.7 B parameters and uses 12.9 B of them for a token. Everything
+else is an ordinary dense transformer. The forward pass is:
 
-    x = embed_tokens[token]
+    x = embed_tokens[tokens]
     for each layer:
-        x = x + self_attn(input_layernorm(x))        gather from the visible tokens
-        h = post_attention_layernorm(x)
-        w, e = route(gate(h))                        choose two experts, and their weights
-        x = x + Σᵢ wᵢ · expert[eᵢ](h)                the sparse mixture: the one new idea
+        x = x + self_attn(input_layernorm(x))
+        x = x + block_sparse_moe(post_attention_layernorm(x))    # the sparse mixture of experts
     logits = lm_head(norm(x))
 
-To see the new idea first, read `route` and `SparseMoE`; then from the top.
+Each letter has one meaning in all shapes and formulas of this repository:
 
-Key of letters, each with this one meaning in every shape line of the repository:
+    letter  meaning                                   field in config.json       8x7B
+    B       rows of the batch                         -                             -
+    S       tokens per row in this call               -                             -
+    T       keys that this call can attend to         -                             -
+    N       tokens in this call, N = B·S              -                             -
+    V       size of the vocabulary                    vocab_size                32000
+    D       width of a hidden state                   hidden_size                4096
+    L       layers                                    num_hidden_layers            32
+    H       query heads                               num_attention_heads          32
+    K       key/value heads                           num_key_value_heads           8
+    d       width of a head                           head_dim                    128
+    W       sliding window, in tokens                 sliding_window             null
+    C       slots per row of the cache                -                             -
+    E       experts per layer                         num_local_experts             8
+    A       active experts, those used for a token    num_experts_per_tok           2
+    R       tokens routed to one expert               -                             -
+    M       inner width of an expert (an MLP)         intermediate_size         14336
 
-    letter  meaning                                 config field                8x7B
-    B       rows of a batch                         -                              -
-    S       tokens of a row in this call            -                              -
-    T       keys that this call attends to          -                              -
-    N       tokens of a call, rows joined: B·S      -                              -
-    V       vocabulary                              vocab_size                 32000
-    D       features of the residual stream         hidden_size                 4096
-    L       layers                                  num_hidden_layers             32
-    H       query heads                             num_attention_heads           32
-    K       key and value heads                     num_key_value_heads            8
-    d       features of a head                      head_dim                     128
-    W       keys a query sees, itself included      sliding_window      null: no end
-    C       slots of the rolling buffer             -                              -
-    E       experts                                 num_local_experts              8
-    k       experts that a token visits             num_experts_per_tok            2
-    F       features inside an expert               intermediate_size          14336
+Precision: linear layers and attention return the dtype of the weights. RMSNorm, rotation, router
+weights and the sum over experts are computed in at least float32 and then rounded to that dtype.
+In a float64 model every number is float64.
 
-Precision: `at_least_float32` is the whole rule. Norms, rotation, attention from its scores to its
-mixed values, router weights and the sum over experts are float32 even where the weights are
-bfloat16, and are rounded to the weights' dtype once, where the result leaves the function; linear
-maps, the router's included, run in the weights' dtype. In a float64 model everything is float64.
-
-Departures from the released code; none changes the result beyond rounding:
-  * Softmax over the k chosen logits: equal to softmax over all E, renormalised over the chosen.
-  * Equal router logits choose the lowest expert on every device; torch.topk promises no order.
-  * Rotation pairs feature i with i + d/2, not 2i with 2i + 1: the Hugging Face checkpoint has the
-    rows of q_proj and k_proj permuted to match, and a dot product is blind to order.
-  * A query sees W keys, its own included; the mask of Mistral's one-file reference lets W + 1
-    through in a prefill, and then disagrees with its own decoding.
-  * Attention scores and expert sums stay float32 where others round them to bfloat16 in between.
-  * Rotation angles are float64: at position 32767 a float32 angle is off by up to 2e-3.
-
-Leaves out: dropout and router noise (zero in the release), rope scaling, tied embeddings,
-quantisation, tensor and expert parallelism, devices without float64 (MPS).
-Sources: "Mixtral of Experts" (arXiv 2401.04088), here "the paper"; "Mistral 7B" (arXiv 2310.06825)
-for window and buffer; the released config.json and the names in its checkpoint.
+Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
+(arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
 """
 
 import dataclasses
 import json
-import math
+import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class MixtralConfig:
-    """The sizes of a model under the names of its config.json; the defaults are 8x7B's.
+    """Hyperparameters, named as in config.json; the defaults are those of Mixtral 8x7B.
 
-    Raises ValueError for a model that cannot be. Sources: (1) the paper's Table 1, under the name
-    that follows if it differs; (2) the released config.json, for what the paper leaves open.
+    Raises ValueError for impossible values.
     """
 
-    vocab_size: int = 32000  # (1)
-    hidden_size: int = 4096  # (1) dim
-    intermediate_size: int = 14336  # (1) hidden_dim, of one expert
-    num_hidden_layers: int = 32  # (1) n_layers
-    num_attention_heads: int = 32  # (1) n_heads
-    num_key_value_heads: int = 8  # (1) n_kv_heads
-    head_dim: int | None = None  # (1) 128; null means hidden_size / num_attention_heads
-    num_local_experts: int = 8  # (1) num_experts
-    num_experts_per_tok: int = 2  # (1) top_k_experts
-    max_position_embeddings: int = 32768  # (1) context_len; a claim about training, not a limit
-    sliding_window: int | None = None  # (2) null; 4096 in the first release
-    rope_theta: float = 1e6  # (2)
-    rms_norm_eps: float = 1e-5  # (2)
-    hidden_act: str = "silu"  # (2) the S of SwiGLU
-    tie_word_embeddings: bool = False  # (2)
-    bos_token_id: int | None = 1  # (2)
-    eos_token_id: int | None = 2  # (2)
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None  # None means hidden_size / num_attention_heads
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    max_position_embeddings: int = 32768  # the context length in training; it is not enforced
+    sliding_window: int | None = None  # None means that a token sees all tokens before it
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-5
+    hidden_act: str = "silu"
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
 
     def __post_init__(self):
-        for name, kind in type(self).__annotations__.items():
-            value = getattr(self, name)
-            if kind is int or (name in ("sliding_window", "head_dim") and value is not None):
-                self._require(name, "an integer >= 1", type(value) is int and value >= 1)
-            if kind is float:
-                number = type(value) in (int, float)
-                self._require(name, "a finite number > 0", number and 0 < value < math.inf)
-        D, H, E = self.hidden_size, self.num_attention_heads, self.num_local_experts
-        self._require("num_key_value_heads", f"a divisor of num_attention_heads {H}",
-                      H % self.num_key_value_heads == 0)
-        self._require("num_experts_per_tok", f"<= num_local_experts {E}",
-                      self.num_experts_per_tok <= E)
-        self._require("hidden_act", "'silu'", self.hidden_act == "silu")
-        self._require("tie_word_embeddings", "false", self.tie_word_embeddings is False)
+        check_config(self)
         if self.head_dim is None:
-            self._require("num_attention_heads", f"a divisor of hidden_size {D}", D % H == 0)
-            object.__setattr__(self, "head_dim", D // H)
-        self._require("head_dim", "even", self.head_dim % 2 == 0)
-
-    def _require(self, name, wanted, holds):
-        if not holds:
-            raise ValueError(f"config: {name} must be {wanted}, got {getattr(self, name)!r}")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @classmethod
     def from_dict(cls, raw):
-        """Read the config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
+        """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        What does not shape the forward pass is ignored; an absent rope_theta means 1e6, not 1e4.
+        Fields that do not change the forward pass are ignored. If rope_theta is absent it is 1e6.
         """
-        rope = {}
-        for field in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(field), dict | None):
-                raise ValueError(f"config: {field} must be an object or null, got {raw[field]!r}")
-            rope |= raw.get(field) or {}
-        for field, wanted, got in (
-                ("model_type", "mixtral", raw.get("model_type", "mixtral")),
-                ("rope_type", "default", rope.get("rope_type", rope.get("type", "default")))):
-            if got != wanted:
-                raise ValueError(f"config: {field} must be {wanted!r}, got {got!r}")
-        raw = raw | {name: rope[name] for name in ("rope_theta",) if name in rope}
+        raw = raw | {"rope_theta": read_rope_theta(raw, default=cls.rope_theta)}
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
 
 
 def at_least_float32(x):
-    """The precision rule: bfloat16 and float16 widen to float32, float32 and float64 stay."""
+    """The precision rule: bfloat16 and float16 become float32; float32 and float64 are kept."""
     return x if x.dtype.itemsize >= 4 else x.to(torch.float32)
 
 
-watch = None  # called with each probe's name and tensor while generate.trace runs
+def route(logits, top_k):
+    """Softmax(TopK(x·W_g)): the experts of each token and their weights (the paper, section 2.1).
+
+    logits (N, E) -> (N, A), (N, A)
+
+    The first result holds the weights, largest first; each row sums to one. The second holds the
+    indices of the experts. The released code takes the softmax over all E experts, keeps the best
+    A and divides by their sum. The result is the same: softmax keeps the order of the logits, and
+    the sum over all experts cancels in the division.
+    Difference: of equal logits, the expert with the lower index is chosen first, because the sort
+    is stable. torch.topk promises no order.
+
+    >>> weights, chosen = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), top_k=3)
+    >>> chosen.tolist(), [round(w, 4) for w in weights[0].tolist()]
+    ([[1, 3, 2]], [0.4223, 0.4223, 0.1554])
+    """
+    sorted_logits, experts = logits.sort(dim=-1, descending=True, stable=True)
+    weights = at_least_float32(sorted_logits[:, :top_k]).softmax(dim=-1)
+    return weights, experts[:, :top_k]
 
 
-def probe(name, x):
-    """Give back a quantity that no module returns; where a trace is made, show it there."""
-    if watch is not None:
-        watch(name, x)
-    return x
+class Expert(nn.Module):
+    """SwiGLU(x) = w2·(silu(w1·x) ⊙ w3·x), a feed-forward network with a gate.
 
+    (..., D) -> (..., D)
 
-# An AVX2 CPU multiplies 16-bit floats at 12 GFLOP/s and float32 at 100 (2 cores, 256 rows or more);
-# from 5 rows on, widening the weight first is cheaper. It rounds as before: sums are float32.
-WIDEN_ROWS = 5 if torch.backends.cpu.get_cpu_capability() == "AVX2" else math.inf
+    w1 is the gate projection, w3 the up projection and w2 the down projection. w1 and w3 have the
+    same shape, so a checkpoint in which they are exchanged loads without an error.
+    """
 
-
-# F.linear of up to 256 rows leaves a core idle; 16 slices of the weight, as one batch of products,
-# do not: they take 0.6 of its time at 1 row, 0.5 at 4, 0.7 at 64 (2 cores, float32, 3584 × 1024).
-SLICES, FEW_ROWS = 16, 256
-
-
-class Linear(nn.Linear):
-    """W·x without a bias, the released weights' only kind; the one place to ask for the machine."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, D, M):
+        super().__init__()
+        self.w1 = nn.Linear(D, M, bias=False)
+        self.w2 = nn.Linear(M, D, bias=False)
+        self.w3 = nn.Linear(D, M, bias=False)
 
     def forward(self, x):
-        rows = x.numel() // x.shape[-1]
-        if not x.is_cpu or (x.dtype.itemsize < 4 and rows < WIDEN_ROWS):
-            return F.linear(x, self.weight)
-        wide, weight = at_least_float32(x), at_least_float32(self.weight)
-        if rows > FEW_ROWS or len(weight) % (16 * SLICES):
-            return F.linear(wide, weight).to(x.dtype)
-        y = wide.reshape(1, rows, -1).expand(SLICES, -1, -1) @ weight.unflatten(0, (SLICES, -1)).mT
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1).to(x.dtype)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class SparseMoE(nn.Module):
+    """y = Σᵢ Softmax(TopK(x·W_g))ᵢ · SwiGLUᵢ(x), the sum over the A chosen experts (section 2.1).
+
+    (B, S, D) -> (B, S, D)
+
+    Each expert that was chosen runs once, on all tokens that chose it. For 3 tokens, 4 experts and
+    A = 2, the choices [[1, 3], [0, 1], [3, 2]] give this loop:
+
+        expert 0 runs on token 1            expert 2 runs on token 2
+        expert 1 runs on tokens 0 and 1     expert 3 runs on tokens 0 and 2
+
+    An expert takes every token that chose it, so no token is dropped. Implementations that reserve
+    a fixed buffer per expert drop the tokens beyond its capacity, which is a capacity factor times
+    the average load A·N/E.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        D, E, self.top_k = config.hidden_size, config.num_local_experts, config.num_experts_per_tok
+        self.gate = nn.Linear(D, E, bias=False)
+        self.experts = nn.ModuleList(Expert(D, config.intermediate_size) for _ in range(E))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (N, D)
+        weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
+        y = torch.zeros_like(at_least_float32(tokens))  # (N, D)
+        for e in sorted(set(chosen.flatten().tolist())):
+            token, rank = torch.where(chosen == e)  # (R), (R)
+            output = self.experts[e](tokens[token])  # (R, D)
+            y.index_add_(0, token, weights[token, rank, None] * output)  # y[token] += …
+        return y.to(x.dtype).view_as(x)
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · weight, rounded before the weight as the released model does.
+    """x / √(mean(x²) + ε) · weight.
 
     (..., D) -> (..., D)
+
+    As in the released code, the quotient is rounded to the dtype of x before the product.
     """
 
     def __init__(self, D, eps):
@@ -189,231 +184,105 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = at_least_float32(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        scale = torch.rsqrt((wide * wide).mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * (wide * scale).to(x.dtype)
 
 
 def rotation(positions, d, theta):
-    """Angle of pair i at position m: m · θ^(−2i/d), as cosine and sine for both of the pair.
+    """The cosine and sine of the angle m·θ^(−2i/d), for every position m and pair i < d/2.
 
-    positions (B, S) -> (B, S, d), (B, S, d)
+    positions (B, S) -> (B, S, 1, d/2), (B, S, 1, d/2)
 
-    In float64. The sine carries the minus that the first of a pair takes its partner with.
+    The axis of size 1 stands for the heads, which all turn alike. Angles are float64, because near
+    position 30,000 a float32 angle is wrong by up to 2e-3 radians.
     """
-    pair = torch.arange(0, d, 2, dtype=torch.float64, device=positions.device)
-    angle = positions[..., None] * theta ** (-pair / d)
-    sin = angle.sin()
-    return angle.cos().repeat(1, 1, 2), torch.cat((-sin, sin), dim=-1)
+    frequencies = theta ** (-torch.arange(0, d, 2, device=positions.device).double() / d)
+    angles = positions[:, :, None, None] * frequencies
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (xᵢ, xᵢ₊d/2) of every head by its angle: R(m)q · R(n)k depends on m − n only.
+    """Rotary position embedding: turn the pair (xᵢ, xᵢ₊d/2) of every head by its angle.
 
-    x (B, S, ..., d), cos (B, S, d), sin (B, S, d) -> (B, S, ..., d)
+    x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    A feature's partner is half a head away, not its neighbour: the commonest bug of ports.
+    The product of a rotated query and a rotated key depends on their distance only. The released
+    code pairs neighbours, (x₂ᵢ, x₂ᵢ₊₁). Hugging Face checkpoints store the rows of q_proj and
+    k_proj in another order, so that halves are paired here; the products q·k are the same.
     """
-    wide = at_least_float32(x)
-    partner = wide.roll(x.shape[-1] // 2, dims=-1)
-    return (wide * cos[:, :, None] + partner * sin[:, :, None]).to(x.dtype)
+    first, second = at_least_float32(x).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
 
 
 def visible(queries, keys, window):
-    """Token i sees token j when i − W < j ≤ i: W keys, itself among them; W = None is all j ≤ i.
+    """The mask: a query at position i sees the keys at positions j with i − W < j ≤ i.
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    It compares positions, so it holds for any chunk of a text; a negative j is an empty slot.
+    Both arguments are positions. A query sees W keys, its own included; if W is None, it sees all
+    j ≤ i. The position −1 marks an empty slot of the cache, which nobody sees.
+    Difference: in a prefill, the mask of `moe_one_file_ref.py` lets a query see W + 1 keys.
 
-    >>> visible(torch.tensor([[3]]), torch.tensor([[-1, 0, 1, 2, 3, 4]]), window=2).int().tolist()
-    [[[0, 0, 0, 1, 1, 0]]]
+    >>> visible(torch.tensor([[9]]), torch.tensor([[5, 6, 7, 8, 9, 10, -1]]), window=4).tolist()
+    [[[False, True, True, True, True, False, False]]]
     """
     i, j = queries[:, :, None], keys[:, None, :]
-    causal = (j >= 0) & (j <= i)
-    return causal if window is None else causal & (j > i - window)
-
-
-def attend(q, k, v, mask):
-    """softmax(q·kᵀ/√d)·v over the visible keys; query heads n·H/K … share key head n (GQA).
-
-    q (B, S, H, d), k (B, K, T, d), v (B, K, T, d), mask (B, S, T) -> (B, S, H, d)
-
-    The heads of a group are more rows of one product: K and V are never repeated in memory.
-    """
-    (B, S, H, d), K = q.shape, k.shape[1]
-    rows = (at_least_float32(q) / math.sqrt(d)).transpose(1, 2).reshape(B, K, -1, d)
-    scores = (rows @ at_least_float32(k).mT).view(B, H, S, -1)
-    scores = probe("scores", scores.masked_fill_(~mask[:, None], -math.inf))
-    probabilities = probe("probabilities", scores.softmax(dim=-1))
-    mixed = probabilities.view(B, K, H // K * S, -1) @ at_least_float32(v)
-    return probe("mixed", mixed.view(B, H, S, d).transpose(1, 2).to(q.dtype))
-
-
-@dataclass
-class Cache:
-    """The rolling buffer: the key and value of position p live in slot p mod C, until overwritten.
-
-    keys, values (L, B, K, C, d); lengths (B): tokens that each row has seen. C is W + chunk − 1: a
-    chunk is written whole before its first query attends, which still needs the W − 1 before it;
-    or max_length where that is smaller or there is no window. Nothing else is stored: which
-    position a slot holds follows from the length. What padding writes lies beyond a row's length,
-    where no query looks before the row's next tokens overwrite it.
-    """
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    max_length: int
-    chunk: int
-    fed: int = 0  # columns fed so far, padding included: bounds every length without a device sync
-
-    def held(self, last):
-        """The latest position p ≤ last with p mod C = slot, for each used slot; negative: empty.
-
-        last (B) -> (B, T)
-
-        After 300 tokens, 0 … 299, fed one by one under W = 128, C is 128 and slot 3 holds 259:
-
-        >>> cache = Cache(torch.empty(1, 1, 1, 128, 2), None, None, 300, chunk=1, fed=300)
-        >>> cache.held(torch.tensor([299]))[0, 3:5].tolist()
-        [259, 260]
-        """
-        C = self.keys.shape[3]
-        last, used = last[:, None], min(C, self.fed)
-        return last - (last - torch.arange(used, device=last.device)) % C
-
-    def write(self, layer, k, v, slots):
-        """Store a chunk and return all that its queries may attend to, in slot order.
-
-        k (B, K, S, d), v (B, K, S, d), slots (B, S) -> (B, K, T, d), (B, K, T, d)
-        """
-        rows = torch.arange(len(slots), device=slots.device)[:, None]
-        used = min(self.keys.shape[3], self.fed)
-        for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
-            # Not scatter_, which for bfloat16 on a CPU copies the whole buffer first.
-            buffer.transpose(1, 2)[rows, slots] = new.transpose(1, 2)
-        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
-
-
-class Place(NamedTuple):
-    """Where the tokens of one call stand, worked out once for all layers."""
-
-    cos: Tensor  # (B, S, d)
-    sin: Tensor  # (B, S, d)
-    mask: Tensor  # (B, S, T)
-    slots: Tensor | None  # (B, S), of the cache
+    mask = (j >= 0) & (j <= i)
+    return mask if window is None else mask & (j > i - window)
 
 
 class Attention(nn.Module):
-    """Each token's query gathers the values of the visible tokens (Mistral 7B, section 2).
-
-    (B, S, D) -> (B, S, D)
-    """
-
-    def __init__(self, config, layer):
-        super().__init__()
-        D, d, self.layer = config.hidden_size, config.head_dim, layer
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.heads = H, K
-        self.q_proj = Linear(D, H * d)
-        self.k_proj = Linear(D, K * d)
-        self.v_proj = Linear(D, K * d)
-        self.o_proj = Linear(H * d, D)
-
-    def forward(self, x, place, cache=None):
-        H, K = self.heads
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1).unflatten(-1, (H + K, -1))
-        q, k = rotate(qk, place.cos, place.sin).split((H, K), dim=2)
-        q, k = probe("q_rotated", q), probe("k_rotated", k).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (K, -1)).transpose(1, 2)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v, place.slots)
-        return self.o_proj(attend(q, k, v, place.mask).flatten(2))
-
-
-def route(logits, k):
-    """Softmax(TopK(x·W_g)): each token's k best experts and their weights (the paper's 2.1).
-
-    logits (N, E) -> (N, k), (N, k)
-
-    Weights come first, in at least float32, largest first, and sum to one; experts are their
-    indices. Of equal logits the lowest index wins: the sort is stable, which topk is not. To choose
-    before the softmax is to renormalise after it: softmax keeps the order of the logits, and the
-    sum over all E cancels.
-
-    >>> weights, experts = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), k=3)
-    >>> experts.tolist(), [round(w, 4) for w in weights[0].tolist()]
-    ([[1, 3, 2]], [0.4223, 0.4223, 0.1554])
-    """
-    chosen, experts = logits.sort(dim=-1, descending=True, stable=True)
-    experts = probe("chosen", experts[:, :k])
-    return probe("weights", at_least_float32(chosen[:, :k]).softmax(dim=-1)), experts
-
-
-class Expert(nn.Module):
-    """SwiGLU: w2(silu(w1·x) ⊙ w3·x). w1 gates, w3 carries: swapping them still trains and talks.
-
-    (..., D) -> (..., D)
-    """
-
-    def __init__(self, D, F):
-        super().__init__()
-        self.w1 = Linear(D, F)
-        self.w2 = Linear(F, D)
-        self.w3 = Linear(D, F)
-
-    def forward(self, x):
-        return self.w2(probe("hidden", F.silu(self.w1(x)) * self.w3(x)))
-
-
-class SparseMoE(nn.Module):
-    """y = Σᵢ Softmax(Top2(x·W_g))ᵢ · SwiGLUᵢ(x)   (the paper's section 2.1).
+    """softmax(q·kᵀ/√d + mask)·v with grouped queries (GQA; Mistral 7B, section 2).
 
     (B, S, D) -> (B, S, D)
 
-    Visit n is one of token n // k. Visits are sorted by expert so that each expert that was hit
-    runs once, over all its tokens; `order.argsort()`, the inverse of that permutation, puts the
-    results back. There is no capacity: an expert takes as many tokens as chose it, none is dropped.
+    Query head h uses key/value head h // (H/K), so neighbouring query heads share one. `remember`
+    takes the keys and values of this call and returns those to attend to. In bfloat16, PyTorch's
+    kernel computes scores and softmax in float32 and may round the probabilities to bfloat16.
     """
 
     def __init__(self, config):
         super().__init__()
-        D, E, self.k = config.hidden_size, config.num_local_experts, config.num_experts_per_tok
-        self.gate = Linear(D, E)
-        self.experts = nn.ModuleList(Expert(D, config.intermediate_size) for _ in range(E))
+        D, d = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = d
+        self.q_proj = nn.Linear(D, H * d, bias=False)
+        self.k_proj = nn.Linear(D, K * d, bias=False)
+        self.v_proj = nn.Linear(D, K * d, bias=False)
+        self.o_proj = nn.Linear(H * d, D, bias=False)
 
-    def forward(self, x):
-        tokens = x.flatten(0, 1)
-        weights, experts = route(self.gate(tokens), self.k)
-        visits = experts.flatten()
-        order = visits.argsort(stable=True)
-        loads = visits.bincount(minlength=len(self.experts)).tolist()
-        groups = zip(self.experts, tokens[order // self.k].split(loads), strict=True)
-        y = torch.cat([expert(group) for expert, group in groups if len(group)])
-        y = y[order.argsort()].unflatten(0, (-1, self.k)) * weights[..., None]
-        return y.sum(dim=1).to(x.dtype).view_as(x)
+    def forward(self, x, cos, sin, mask, remember):
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, S, H, d)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, S, K, d)
+        v = self.v_proj(x).view(heads)  # (B, S, K, d)
+        k, v = remember(k, v)  # (B, T, K, d)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # heads before positions
+        mixed = F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """x + attention of x, then + mixture of that, each behind its norm: the residual stream.
+    """One layer: h = x + attention(norm(x)), then h + moe(norm(h)).
 
     (B, S, D) -> (B, S, D)
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.block_sparse_moe = SparseMoE(config)
 
-    def forward(self, x, place, cache=None):
-        x = probe("residual", x + self.self_attn(self.input_layernorm(x), place, cache))
+    def forward(self, x, cos, sin, mask, remember):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, remember)
         return x + self.block_sparse_moe(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Tokens in, normed residual stream out: all of the model but its last linear map.
+    """Everything except the output projection; returns the final hidden states.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """
@@ -421,33 +290,31 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding's own normal_ start would, on the meta device, take 1.5 s of imports.
-        start = torch.rand(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(start, freeze=False)
-        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
+        # nn.Embedding(V, D) would import another 2 s of PyTorch when it is built on "meta".
+        table = torch.rand(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens, cache=None, lengths=None):
+    def forward(self, tokens, lengths, cache=None):
         B, S = tokens.shape
-        positions = keys = torch.arange(S, device=tokens.device).expand(B, S)
-        slots = None
-        if cache is not None:
+        positions = torch.arange(S, device=tokens.device).expand(B, S)
+        if cache is None:
+            key_positions, remember = positions, lambda layer, k, v: (k, v)
+        else:
             positions = positions + cache.lengths[:, None]
-            cache.fed += S  # before `held`: the slots of this call count as used
-            keys, slots = cache.held(positions[:, -1]), positions % cache.keys.shape[3]
-        x = self.embed_tokens(tokens)
+            key_positions, remember = cache.extend(positions, lengths)
+        x = self.embed_tokens(tokens)  # (B, S, D)
         angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
         cos, sin = (part.to(at_least_float32(x).dtype) for part in angles)
-        place = Place(cos, sin, visible(positions, keys, self.config.sliding_window), slots)
-        for layer in self.layers:
-            x = layer(x, place, cache)
-        if cache is not None:
-            cache.lengths += S if lengths is None else lengths
+        mask = visible(positions, key_positions, self.config.sliding_window)  # (B, S, T)
+        for n, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, mask, partial(remember, n))
         return self.norm(x)
 
 
 class Mixtral(nn.Module):
-    """The language model: logits of the next token after every token.
+    """The language model: the logits of the next token after each token.
 
     tokens (B, S) -> (B, S, V)
     """
@@ -456,130 +323,322 @@ class Mixtral(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def new_cache(self, batch_size, max_length, chunk=256):
-        """An empty rolling buffer for rows of up to max_length tokens, fed in pieces of chunk."""
+        """An empty cache for `batch_size` rows of up to `max_length` tokens each."""
         c, weight = self.config, self.lm_head.weight
-        for size in (batch_size, max_length, chunk):
-            if type(size) is not int or size < 1:
-                raise ValueError("cache: batch_size, max_length and chunk must be integers >= 1, "
-                                 f"got {batch_size}, {max_length} and {chunk}")
+        if any(type(size) is not int or size < 1 for size in (batch_size, max_length, chunk)):
+            raise ValueError("new_cache: batch_size, max_length and chunk must be integers >= 1, "
+                             f"got {batch_size!r}, {max_length!r} and {chunk!r}")
         C = min(max_length, (c.sliding_window or max_length) + chunk - 1)
-        shape = (c.num_hidden_layers, batch_size, c.num_key_value_heads, C, c.head_dim)
-        lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        return Cache(weight.new_zeros(shape), weight.new_zeros(shape), lengths, max_length, chunk)
+        shape = (c.num_hidden_layers, batch_size, C, c.num_key_value_heads, c.head_dim)
+        positions = torch.full((batch_size, C), -1, device=weight.device)
+        return Cache(weight.new_zeros(shape), weight.new_zeros(shape), positions, max_length, chunk)
 
     def forward(self, tokens, cache=None, lengths=None, last_only=False):
-        """Logits in at least float32; last_only gives each row's last alone, as (B, 1, V).
+        """Returns logits in at least float32: (B, S, V), or (B, 1, V) with `last_only`.
 
-        A cache continues every row where its earlier calls ended. `lengths` (B) says how many
-        tokens of a row are real; the rest, on the right, is padding: real tokens never see it and
-        the cache forgets it, but its own logits, and the last of an empty row, mean nothing.
+        With a cache, every row continues where its earlier calls ended, and the tokens are read in
+        chunks of `cache.chunk`. `lengths` (B) is the number of real tokens in each row of this
+        call. The tokens after them are padding: no real token sees them, the cache does not store
+        them, and their logits mean nothing. So a short row gives what it would give alone.
+        `last_only` returns the logits after the last real token of each row; those of a row with
+        length 0 mean nothing.
         """
-        lengths = self._check(tokens, cache, lengths)
+        check_tokens(tokens, self.config.vocab_size)
         B, S = tokens.shape
+        lengths = tokens.new_full((B,), S) if lengths is None else lengths
+        check_lengths(lengths, B, S, cache)
         chunk = S if cache is None else cache.chunk
         hidden = torch.cat([
-            self.model(tokens[:, at:at + chunk], cache, (lengths - at).clamp(0, chunk))
-            for at in range(0, S, chunk)], dim=1)
+            self.model(tokens[:, at:at + chunk], (lengths - at).clamp(0, chunk), cache)
+            for at in range(0, S, chunk)], dim=1)  # (B, S, D)
         if last_only:
-            hidden = hidden[torch.arange(B, device=tokens.device), lengths.clamp(1) - 1][:, None]
+            last = lengths.clamp(min=1) - 1
+            hidden = hidden[torch.arange(B, device=last.device), last][:, None]  # (B, 1, D)
         return at_least_float32(self.lm_head(hidden))
 
-    def _check(self, tokens, cache, lengths):
-        V = self.config.vocab_size
-        if tokens.dtype != torch.int64 or tokens.ndim != 2 or not tokens.numel():
-            raise ValueError("tokens must be int64 of shape (B, S), at least one, got "
-                             f"{tokens.dtype} of shape {tuple(tokens.shape)}")
-        least, most = tokens.aminmax()
-        if least < 0 or most >= V:
-            wrong = tokens[(tokens < 0) | (tokens >= V)][0]
-            raise ValueError(f"tokens must be in 0 … {V - 1}, got {wrong}")
-        B, S = tokens.shape
-        if cache is not None and (len(cache.lengths) != B or cache.fed + S > cache.max_length):
-            raise ValueError(
-                f"cache: {len(cache.lengths)} rows with room for {cache.max_length - cache.fed} of "
-                f"{cache.max_length} tokens, got {B} rows of {S}; see new_cache")
-        if lengths is None:
-            return tokens.new_full((B,), S)
-        if lengths.shape != (B,) or lengths.min() < 0 or lengths.max() > S:
-            raise ValueError(f"lengths must be {B} integers in 0 … {S}, got {lengths.tolist()}")
-        return lengths
-
     @classmethod
-    def from_pretrained(cls, directory, dtype=None, device="cpu", through=iter):
-        """Load a Hugging Face directory: every parameter is assigned exactly once.
+    def from_pretrained(cls, directory, dtype=None, device="cpu"):
+        """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
 
-        dtype None keeps the checkpoint's, and on the CPU leaves the weights mapped from disk. All
-        names and tensors pass `through`, which may count them for a progress bar.
-        Raises ValueError naming every missing, unknown, repeated or mis-shaped tensor.
+        With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk.
+        Raises ValueError naming every tensor that is missing, unexpected or mis-shaped.
         """
-        directory = Path(directory)
-        files = weight_files(directory)
-        with torch.device("meta"):
-            model = cls(MixtralConfig.from_dict(read_json(directory / "config.json")))
-        if wrong := model._assign(through(stored_tensors(files, device)), dtype):
-            raise ValueError(f"{directory}: does not fit its config.json: {'; '.join(wrong)}")
-        return model.eval()
-
-    def _assign(self, tensors, dtype):
-        wanted, wrong, dtypes = dict(self.named_parameters()), [], set()
-        for name, tensor in tensors:
-            if name not in wanted:
-                wrong.append(f"unknown or repeated {name}")
-                continue
-            expected, shape = list(wanted.pop(name).shape), list(tensor.get_shape())
-            if shape != expected:
-                wrong.append(f"{name} has shape {shape}, not {expected}")
-            elif not wrong:
-                weight = tensor[...].to(dtype)
-                dtypes.add(weight.dtype)
-                module, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(module), leaf, nn.Parameter(weight, False))
-        if len(dtypes) > 1 or not all(dtype.is_floating_point for dtype in dtypes):
-            wrong.append(f"dtypes {sorted(map(str, dtypes))}: wanted one of floats, or dtype=…")
-        return wrong + [f"missing {name}" for name in wanted]
+        weights = read_weights(weight_files(directory))
+        weights = {name: convert_floats(weight, dtype, device) for name, weight in weights.items()}
+        return assemble(read_json(Path(directory) / "config.json"), weights)
 
 
-def stored_tensors(files, device):
-    """Each name and unread tensor of some safetensors files. Raises ValueError if one is cut."""
-    for file in files:
-        try:
-            with safe_open(file, framework="pt", device=str(device)) as stored:
-                for name in stored.keys():
-                    yield name, stored.get_slice(name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: not a whole safetensors file: {error}") from None
+@dataclass
+class Cache:
+    """The rolling buffer (Mistral 7B, section 2): position p is stored in slot p mod C.
+
+    keys (L, B, C, K, d), values (L, B, C, K, d), positions (B, C)
+
+    `positions` holds the position in each slot, and −1 in an empty slot. If 300 tokens are read
+    one by one into C = 128 slots, slot 3 ends up with position 259 = 2·128 + 3; it held 3 and 131
+    before.
+
+    A call reads at most `chunk` tokens, and C = W + chunk − 1. A whole chunk is stored before its
+    queries attend. Its first query, at position p, needs the keys from p − W + 1 on, and its last
+    token overwrites position p + chunk − 1 − C = p − W, which is one position older. Without a
+    window, or if it is smaller, C is max_length.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    max_length: int
+    chunk: int
+
+    @property
+    def lengths(self):
+        """The number of tokens that each row has read, (B)."""
+        return self.positions.amax(dim=1) + 1
+
+    def extend(self, positions, lengths):
+        """Reserve slots for the next tokens of each row.
+
+        positions (B, S), lengths (B) -> (B, T)
+
+        Returns the positions to attend to and `remember(layer, k, v)`, which stores k and v
+        (B, S, K, d) and returns all keys and values to attend to (B, T, K, d). Padding is not
+        stored, so what it holds, even NaN, cannot reach a later query.
+        """
+        C, S = self.positions.shape[1], positions.shape[1]
+        real = torch.arange(S, device=positions.device) < lengths[:, None]  # (B, S)
+        row, column = torch.where(real)
+        slot = positions[row, column] % C
+        self.positions[row, slot] = positions[row, column]
+        T = min(C, max(1, int(self.lengths.max())))
+
+        def remember(layer, k, v):
+            self.keys[layer, row, slot] = k[row, column]
+            self.values[layer, row, slot] = v[row, column]
+            return self.keys[layer, :, :T], self.values[layer, :, :T]
+
+        return self.positions[:, :T], remember
 
 
 def read_json(path):
-    """The object in a JSON file. Raises ValueError where there is none."""
+    """The object in a JSON file. Raises ValueError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path}: not readable as JSON: {reason}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
     return content
 
 
-def weight_files(directory):
-    """The safetensors files of a directory, from its index or the single one.
+def read_rope_theta(raw, default):
+    """The rope_theta of a config.json. Raises ValueError unless it is a Mixtral with plain RoPE."""
+    rope = {"rope_theta": raw.get("rope_theta", default)}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ValueError(f"config: {name} must be an object or null, got {raw[name]!r:.80}")
+        rope |= raw.get(name) or {}
+    for name, wanted, value in (
+            ("model_type", "mixtral", raw.get("model_type", "mixtral")),
+            ("rope_type", "default", rope.get("rope_type", rope.get("type", "default")))):
+        if value != wanted:
+            raise ValueError(f"config: {name} must be {wanted!r}, got {value!r:.80}")
+    return rope["rope_theta"]
 
-    Raises ValueError where they are not there: with the command to run for raw Mistral weights.
+
+def check_config(config):
+    """Raises ValueError naming the first field that cannot be. It also bounds every size."""
+    def check(name, wanted, holds):
+        if not holds:
+            raise ValueError(f"config: {name} must be {wanted}, got {getattr(config, name)!r:.80}")
+
+    c = config
+    for name, kind in type(c).__annotations__.items():
+        value, optional = getattr(c, name), kind == (int | None)
+        low = 0 if name.endswith("token_id") else 1
+        if kind is float:
+            check(name, "a number > 0", type(value) in (int, float) and 0 < value < 2**63)
+        elif kind is int or optional and value is not None:
+            check(name, f"an integer in {low} … {2**20}" + " or null" * optional,
+                  type(value) is int and low <= value <= 2**20)
+    D, H, E = c.hidden_size, c.num_attention_heads, c.num_local_experts
+    check("num_local_experts", f"<= {2**14} / num_hidden_layers", E * c.num_hidden_layers <= 2**14)
+    check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
+    check("num_key_value_heads", f"a divisor of num_attention_heads {H}",
+          H % c.num_key_value_heads == 0)
+    check("num_attention_heads", f"a divisor of hidden_size {D}", c.head_dim or D % H == 0)
+    check("head_dim", "even", (c.head_dim or D // H) % 2 == 0)
+    check("hidden_act", "'silu'", c.hidden_act == "silu")
+    check("tie_word_embeddings", "false", c.tie_word_embeddings is False)
+
+
+def check_tokens(tokens, V):
+    """Raises ValueError unless the tokens are a batch of ids of the vocabulary."""
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError("tokens must be int64 of shape (B, S) with at least one token, got "
+                         f"{tokens.dtype} of shape {tuple(tokens.shape)}")
+    for token in (tokens.min().item(), tokens.max().item()):
+        if not 0 <= token < V:
+            raise ValueError(f"tokens must be in 0 … {V - 1}, got {token}")
+
+
+def check_lengths(lengths, B, S, cache):
+    """Raises ValueError unless the lengths fit the batch and the cache has room for them."""
+    whole = lengths.shape == (B,) and lengths.dtype == torch.int64
+    if not whole or not all(0 <= length <= S for length in lengths.tolist()):
+        raise ValueError(f"lengths must be {B} int64 numbers in 0 … {S}, got {lengths.dtype} "
+                         f"{lengths.tolist()}")
+    if cache is None:
+        return
+    if len(cache.positions) != B:
+        raise ValueError(f"cache: it has {len(cache.positions)} rows, got {B} rows of tokens")
+    longest = int((cache.lengths + lengths).max())
+    if longest > cache.max_length:
+        raise ValueError(f"cache: it has room for {cache.max_length} tokens per row, got "
+                         f"{longest}; pass a larger max_length to new_cache")
+
+
+def weight_files(directory):
+    """The model*.safetensors files of a directory. Raises ValueError if there are none."""
+    files = sorted(Path(directory).glob("model*.safetensors"))
+    if not files:
+        source = shlex.quote(str(directory))
+        raise ValueError(f"{directory}: no model*.safetensors there; to convert Mistral's weights "
+                         f"run: python convert.py --input_dir {source} --output_dir converted")
+    return files
+
+
+FLOAT_WEIGHTS = (".weight", ".weight_scale")
+
+
+def read_weights(files):
+    """All tensors of some safetensors files by name, mapped from disk.
+
+    Raises ValueError if a file is damaged or a name repeats.
     """
-    index, names = directory / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: wanted weight_map, an object from tensors to files")
-        names = sorted(set(map(str, weight_map.values())))
-    absent = [n for n in names if Path(n).name != n or not (directory / n).is_file()]
-    if not absent:
-        return [directory / name for name in names]
-    if any(found for raw in ("consolidated.*", "*.bin") for found in directory.glob(raw)):
-        raise ValueError(f"{directory}: not in the Hugging Face layout; convert it first: python "
-                         f"convert.py --input_dir {directory} --output_dir {directory.name}-hf")
-    raise ValueError(f"{directory}: wanted a directory with config.json and safetensors weights, "
-                     f"not found: {', '.join(absent)}")
+    weights = {}
+    for file in files:
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file}: not a complete safetensors file: {error}") from None
+        for name, tensor in tensors.items():
+            if name in weights:
+                raise ValueError(f"{file}: {name} is in an earlier file too")
+            if not tensor.is_floating_point() and name.endswith(FLOAT_WEIGHTS):
+                raise ValueError(f"{file}: {name} must be floating-point, got {tensor.dtype}")
+        weights |= tensors
+    return weights
+
+
+def convert_floats(weight, dtype, device):
+    """A floating-point tensor in another dtype (None keeps it), any tensor on another device."""
+    return weight.to(device=device, dtype=dtype if weight.is_floating_point() else None)
+
+
+def assemble(raw, weights):
+    """The model of a config.json that holds these weights, without copying them.
+
+    Raises ValueError unless all names, shapes and dtypes fit.
+    """
+    config = MixtralConfig.from_dict(raw)
+    last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
+    expert = f"experts.{config.num_local_experts - 1}."
+    if last not in weights or not any(expert in name for name in weights):
+        raise ValueError(f"the weights do not fit config.json: {last} or {expert}w1 is missing")
+    with torch.device("meta"):
+        model = Mixtral(config)
+        use_int4(model, raw, weights)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the weights do not fit config.json: {reason:.2000}") from None
+    dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    if len(dtypes) != 1:
+        raise ValueError("the weights must have one floating-point dtype, got "
+                         f"{', '.join(sorted(map(str, dtypes)))}; choose one with dtype=…")
+    return model.eval().requires_grad_(False)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with 4-bit weights: W[r, c] = q[r, c] · scale[r, c // G], −8 ≤ q ≤ 7.
+
+    (..., D) -> (..., M)
+
+    This is the format `pack-quantized` of compressed-tensors. G neighbouring weights of a row share
+    one scale. Eight numbers q are stored in one 32-bit word as u = q + 8, the first in the lowest
+    bits. Word j of a row holds the columns 8j … 8j + 7:
+
+        bits   31…28  27…24  23…20  19…16  15…12  11…8   7…4    3…0
+        holds   u₇     u₆     u₅     u₄     u₃     u₂     u₁     u₀
+    """
+
+    def __init__(self, inputs, outputs, group_size):
+        super().__init__()
+        self.register_buffer("weight_packed", torch.empty(outputs, inputs // 8, dtype=torch.int32))
+        self.register_buffer("weight_scale", torch.empty(outputs, inputs // group_size))
+        self.register_buffer("weight_shape", torch.empty(2, dtype=torch.int64))
+
+    def forward(self, x):
+        return F.linear(x, unpack(self.weight_packed, self.weight_scale))
+
+
+def unpack(packed, scale):
+    """The weights that 4-bit words and their scales stand for, in the dtype of the scales.
+
+    packed (M, D/8), scale (M, D/G) -> (M, D)
+
+    In float64 the products are exact, because q has 4 bits and a stored scale at most 24.
+
+    >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
+    [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
+    """
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    q = (packed[:, :, None] >> shifts & 15) - 8  # (M, D/8, 8)
+    return (q.reshape(*scale.shape, -1) * scale[:, :, None]).flatten(1)
+
+
+def use_int4(model, raw, weights):
+    """Replace the linear layers that are stored in 4 bits. Raises ValueError for other formats."""
+    scheme = raw.get("quantization_config")
+    if scheme is None:
+        return
+    G = int4_group_size(scheme)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and f"{name}.weight_packed" in weights:
+            outputs, inputs = layer.weight.shape
+            shape = weights.get(f"{name}.weight_shape")
+            if inputs % G or shape is None or shape.tolist() != [outputs, inputs]:
+                raise ValueError(f"{name}.weight_shape must be [{outputs}, {inputs}], a multiple "
+                                 f"of the group size {G} last, got {shape}")
+            model.set_submodule(name, Int4Linear(inputs, outputs, G))
+
+
+def int4_group_size(scheme):
+    """The group size G of a quantization_config. Raises ValueError for any other format."""
+    try:
+        groups = list(scheme["config_groups"].values())
+        weights = groups[0]["weights"]
+        found = {"quant_method": scheme["quant_method"], "format": scheme["format"],
+                 "config_groups": len(groups), "activations": groups[0].get("input_activations"),
+                 "num_bits": weights["num_bits"], "type": weights["type"],
+                 "symmetric": weights["symmetric"], "strategy": weights["strategy"],
+                 "actorder": weights.get("actorder"), "group_size": weights["group_size"]}
+    except (KeyError, TypeError, AttributeError, IndexError):
+        method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+        found = {"quant_method": method}
+    wanted = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": 1,
+              "activations": None, "num_bits": 4, "type": "int", "symmetric": True,
+              "strategy": "group", "actorder": None}
+    for name, value in wanted.items():
+        if found.get(name, "nothing") != value:
+            raise ValueError(f"config: quantization_config: {name} must be {value!r}, got "
+                             f"{found.get(name)!r:.80}; no other quantised format is supported")
+    G = found["group_size"]
+    if type(G) is not int or G < 8 or G % 8:
+        raise ValueError(f"config: group_size must be a multiple of 8, got {G!r:.80}")
+    return G

@@ -1,94 +1,98 @@
-"""Byte-fallback BPE, spelled out: the same ids as sentencepiece's own encode, for every string.
+"""Byte-fallback BPE: text to token ids and back, with the same ids as sentencepiece for any text.
 
-    "Hi 🦙"  →  "▁Hi▁🦙"               spaces become ▁, one ▁ is put in front (the dummy prefix)
-             →  ▁ H i ▁ 🦙             one symbol a character
-             →  ▁Hi ▁ 🦙               the best-ranked neighbours merge, until none are a piece
-             →  ids of ▁Hi and ▁, then of <0xF0> <0x9F> <0xA6> <0x99>: what is no piece is bytes
+`Tokenizer.encode` takes four steps, shown here with the tokenizer of Mixtral 8x7B:
 
-sentencepiece only opens the `.model` file and tells its pieces, their scores and their types. In
-BPE a score is minus the rank of a merge; equal ones (the runs of spaces) merge leftmost first.
-Control pieces (<s>, [INST]) are ids without text: no text ever encodes to one. Pieces that the
-file's maker declared (v3's [REFERENCE_DOC_0]) are matched whole, the longest first, before merging.
+    This is 🦙                        the text
+    ▁This▁is▁🦙                       spaces become ▁, and one more ▁ is put in front
+    ▁ T h i s ▁ i s ▁ 🦙              one symbol per character
+    ▁This ▁is ▁ 🦙                    neighbours are merged, best pair first (see `merge`)
+    851 349 28705 243 162 169 156     a piece of the vocabulary becomes its id; 🦙 is not a piece
+                                      and becomes one id for each of its four UTF-8 bytes
 
-Near-linear: neighbours sit in a heap by rank, and a text is cut into words where no piece reaches
-across, which is exact; the ids of short words are remembered.
+The vocabulary is a list of pieces, and the index of a piece is its id. There are five kinds:
 
-Departures: none in encode or decode, undecodable bytes included: each prints one U+FFFD.
-Leaves out: normalisers other than identity, unigram models, training (sentencepiece does that).
+    ordinary       text; its score is minus the rank of the merge that made it in training
+    byte           <0x00> to <0xFF>, for characters that are not pieces
+    control        <s>, </s> and, since v2, [INST]: ids without text, which no text encodes to
+    unknown        <unk>; because of the byte pieces, no text encodes to it
+    user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
+
+v1, v2 and v3 are the versions of Mistral's tokenizer.model; Mixtral 8x7B has v1.
+
+Encoding takes nearly linear time. A text is first cut into words, at places where no piece can
+reach across, and the ids of short words are remembered.
+
+sentencepiece parses the model file. At every load its encoder and decoder also process a sample
+text, and a model for which this file gives another result is refused.
+
+Not included: training, unigram models, and normalisers other than the identity. sentencepiece has
+all of them.
 """
 
 import codecs
 import heapq
-import math
 import re
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
 
-SPACE = "▁"  # U+2581, which therefore decodes as a space
-
-codecs.register_error("mark_each_byte", lambda e: ("\ufffd" * (e.end - e.start), e.end))
+SPACE = "▁"  # U+2581, which stands for a space inside pieces
+MAX_MODEL_BYTES = 1 << 26  # the models of Mixtral have less than 1 MB
+RUN_OF_SPACES_SCORE = -1e9  # Mistral's models give all runs of spaces this score
 
 
 def merge(word, scores):
-    """Join, again and again, the neighbours whose union scores highest, the leftmost of equals.
+    """Merge the neighbours whose union scores highest, leftmost first, until no union is a piece.
 
-    The heap may hold pairs that a later merge has broken up: a pair is still whole exactly when
-    its left symbol lives and its two symbols together have the length they had when it was pushed.
+    Takes O(n log n) time for n characters. Here "bc" is merged first, and then "abc":
 
     >>> merge("abcab", {"bc": -0.0, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
     """
-    symbols, end = list(word), len(word)
-    after, before = list(range(1, end + 1)), list(range(-1, end - 1))
+    heap = []  # pairs of neighbours as (-score, start of the left, border, end of the right symbol)
+    end_of = [*range(1, len(word) + 1), 0]  # the symbol that starts at s is word[s:end_of[s]]
+    start_of = [len(word), *range(len(word))]  # the symbol before e is word[start_of[e]:e]
 
-    def pair(left):
-        union = symbols[left] + symbols[after[left]]
-        return (-scores[union], left, len(union)) if union in scores else None
+    def push(start, middle, end):
+        if (union := word[start:end]) in scores:  # beyond the ends of the word it is empty
+            heapq.heappush(heap, (-scores[union], start, middle, end))
 
-    agenda = [entry for left in range(end - 1) if (entry := pair(left))]
-    heapq.heapify(agenda)
-    while agenda:
-        _, left, length = heapq.heappop(agenda)
-        right = after[left]
-        if right == end or len(symbols[left]) + len(symbols[right]) != length:
-            continue
-        symbols[left], symbols[right] = symbols[left] + symbols[right], ""
-        after[left], after[right] = after[right], end
-        if after[left] < end:
-            before[after[left]] = left
-        for start in (before[left], left):
-            if start >= 0 and after[start] < end and (entry := pair(start)):
-                heapq.heappush(agenda, entry)
-    return [symbol for symbol in symbols if symbol]
+    for start in range(len(word) - 1):
+        push(start, start + 1, start + 2)
+    while heap:
+        _, start, middle, end = heapq.heappop(heap)
+        if end_of[start] == middle and end_of[middle] == end:  # both symbols still exist
+            end_of[start], end_of[middle], start_of[end] = end, 0, start
+            push(start_of[start], start, end)
+            push(start, end, end_of[end])
+    return [word[start:end] for start, end in enumerate(end_of) if end]
 
 
-def kin(start, pieces):
-    """The characters that pieces join to one, directly or through others: for e the Latin letters.
+def connected_characters(start, pieces):
+    """All characters reachable from `start` through neighbours inside some piece.
 
-    No piece holds one of them beside an outsider, but for the space in front: a text can be cut
-    between the two, because merges never reach across.
+    From "e" these are the Latin letters. A ▁ at the start of a piece does not count.
+
+    >>> sorted(connected_characters("e", ["he", "▁th", "12", "▁,"]))
+    ['e', 'h', 't']
     """
-    beside = {}
-    for piece in pieces:
-        for a, b in pairwise(piece.lstrip(SPACE)):
-            beside.setdefault(a, set()).add(b)
-            beside.setdefault(b, set()).add(a)
-    found, agenda = {start}, [start]
-    while agenda:
-        new = beside.get(agenda.pop(), set()) - found
-        found |= new
-        agenda += new
+    found, size_before = {start}, 0
+    while len(found) > size_before:
+        size_before = len(found)
+        for piece in pieces:
+            text = piece.lstrip(SPACE)
+            if not found.isdisjoint(text):
+                found.update(text)
     return found
 
 
-class Words(dict):
-    """The ids of words: those of short ones are remembered until there are too many."""
+class WordIds(dict):
+    """Maps a word to its ids. Short words are remembered, until there are `max_words` of them."""
 
-    def __init__(self, tokenizer, most=1 << 16, longest=32):
+    def __init__(self, tokenizer, max_words=1 << 16, max_length=32):
         super().__init__()
-        self.tokenizer, self.most, self.longest = tokenizer, most, longest
+        self.tokenizer, self.max_words, self.max_length = tokenizer, max_words, max_length
 
     def __missing__(self, word):
         t, ids = self.tokenizer, []
@@ -97,172 +101,253 @@ class Words(dict):
                 ids.append(t.ids[symbol])
             else:
                 ids += (t.byte_ids[byte] for byte in symbol.encode("utf-8"))
-        if len(word) <= self.longest:
-            if len(self) >= self.most:
+        if len(word) <= self.max_length:
+            if len(self) >= self.max_words:
                 self.clear()
             self[word] = ids
         return ids
 
 
-class Tokenizer:
-    """Text to ids and back, from a sentencepiece BPE file or the directory that holds one.
+def parse_model(path):
+    """sentencepiece's view of a model file. Raises OSError, RuntimeError or ValueError."""
+    size = path.stat().st_size
+    if not path.is_file() or size > MAX_MODEL_BYTES:  # a device or a pipe might never end
+        raise ValueError(f"wanted a regular file of at most {MAX_MODEL_BYTES} bytes")
+    model = sentencepiece.SentencePieceProcessor()
+    model.load_from_serialized_proto(path.read_bytes())
+    return model
 
-    Raises ValueError where there is no such file, or where it is no byte-fallback BPE with the
-    identity normaliser, as every Mistral tokenizer.model is.
+
+class Tokenizer:
+    """Text to ids and back, from a tokenizer.model file or the directory that holds it.
+
+    Raises ValueError if the file is missing or damaged, or is not a byte-fallback BPE model with
+    the identity normaliser. Every Mistral tokenizer.model of v1 to v3 is one.
+
+    vocab_size               the number of pieces
+    bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>
+    pieces                   the piece of each id
+    ids, scores              by piece: the ids of ordinary and user-defined pieces; the scores of
+                             ordinary ones
+    byte_ids                 the id of each of the 256 bytes
+    control, control_ids     the set of control ids; the same by piece
     """
 
     def __init__(self, path):
         path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
         try:
-            model = sentencepiece.SentencePieceProcessor()
-            model.load_from_serialized_proto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a readable sentencepiece model: {error}") from None
-        self._read(model)
-        self._check(model, path)
+            model = parse_model(path)
+            self._read_pieces(model)
+            self._check_pieces(model)
+            self._prepare_cutting()
+            self._compare_with(model)
+        except (OSError, RuntimeError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+            reason = getattr(error, "strerror", None) or str(error)
+            reason = "".join(c if c.isprintable() else "?" for c in reason)
+            raise ValueError(f"{path}: not a usable tokenizer model: {reason}") from None
 
-    def _read(self, model):
+    def _read_pieces(self, model):
         every = range(model.vocab_size())
-        self.vocab_size = len(every)
+        self.vocab_size, self.pieces = len(every), model.id_to_piece(list(every))
         self.bos_id, self.eos_id, self.unk_id = model.bos_id(), model.eos_id(), model.unk_id()
-        self.pieces = [model.id_to_piece(i) for i in every]
         self.control = {i for i in every if model.is_control(i)}
         self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
-        self.marks = [self.control_ids[m] for m in ("[INST]", "[/INST]") if m in self.control_ids]
+        self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")
+                         if name in self.control_ids]  # empty in v1
         self.byte_of = {i: int(self.pieces[i][3:5], 16) for i in every if model.is_byte(i)}
         self.byte_ids = sorted(self.byte_of, key=self.byte_of.get)
-        apart = {self.unk_id, *self.control, *self.byte_of}
-        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in apart}
-        self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()}
-        # The best merge has score −0.0: a score of +0.0 is no rank but marks a declared piece.
-        declared = [piece for piece, score in self.scores.items() if math.copysign(1, score) > 0]
-        for piece in declared:
-            del self.scores[piece]
-        self.declared = sorted(declared, key=len, reverse=True)
-        self.cut = re.compile(f"({'|'.join(map(re.escape, self.declared)) or '(?!)'})")
-        letters = "".join(map(re.escape, sorted(kin("e", self.scores))))
-        self.word = re.compile(f"{SPACE}*(?:[{letters}]+|[^{letters}{SPACE}]+)|{SPACE}+")
-        self.words = Words(self)
+        special = {self.unk_id, *self.control, *self.byte_of}
+        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in special}
+        # Mistral's models and sentencepiece's trainer put the ordinary pieces after all others.
+        self.first_ordinary = max(special) + 1
+        self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()
+                       if i >= self.first_ordinary}
+        self.user_defined = sorted(self.ids.keys() - self.scores.keys(), key=len, reverse=True)
 
-    def _check(self, model, path):
-        crossing = any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece in self.ids)
-        ranked = all(score == int(score) for score in self.scores.values())
-        unused = any(map(model.is_unused, range(self.vocab_size)))
-        named = min(self.bos_id, self.eos_id, self.unk_id) >= 0
-        if len(self.byte_ids) != 256 or crossing or unused or not (ranked and named):
-            raise ValueError(f"{path}: not a byte-fallback BPE as Mistral's are; wanted 256 byte "
-                             "pieces, <s>, </s> and <unk>, scores that are ranks, no unused piece "
-                             "and none with a space inside")
-        probe = "  Aﬁ\t " + " ".join(self.declared) + "".join(self.pieces[-100:])
-        if self.encode(probe, bos=False) != model.encode(probe):
-            raise ValueError(f"{path}: wanted the identity normaliser with a dummy prefix and all "
-                             "white space kept; this model has another")
+    def _check_pieces(self, model):
+        ranked = all(score == self.first_ordinary - self.ids[piece]
+                     or score == RUN_OF_SPACES_SCORE and not piece.strip(SPACE)
+                     for piece, score in self.scores.items())
+        satisfied = {
+            "256 byte pieces": len(self.byte_ids) == 256,
+            "control pieces <s> and </s>": self.bos_id != self.eos_id
+            and {self.bos_id, self.eos_id} <= self.control,
+            "[INST] and [/INST] to come together": len(self.inst_ids) != 1,
+            "ordinary pieces in the order of their merges, with minus the rank as score": ranked,
+            "no piece with a space after another character":
+                not any(SPACE in piece.lstrip(SPACE) for piece in self.ids),
+            "no unused piece": not any(map(model.is_unused, range(self.vocab_size)))}
+        for what, holds in satisfied.items():
+            if not holds:
+                raise ValueError(f"wanted a byte-fallback BPE as Mistral's, with {what}")
+
+    def _prepare_cutting(self):
+        """Prepare the regular expressions that cut a text into independent parts.
+
+        No piece has a letter beside a character that is not one, or a ▁ after another character.
+        So no merge reaches across such a place, and the two sides can be encoded separately.
+        """
+        either = "|".join(map(re.escape, self.user_defined)) or "(?!)"  # (?!) matches nothing
+        self.user_defined_pattern = re.compile(f"({either})")
+        letters = "".join(map(re.escape, sorted(connected_characters("e", self.scores))))
+        self.word_pattern = re.compile(
+            f"{SPACE}*(?:[{letters}]+|[^{letters}{SPACE}]+)|{SPACE}+")
+        self.word_ids = WordIds(self)
+
+    def _compare_with(self, model):
+        """Raise ValueError if a sample text or its ids give another result in sentencepiece."""
+        common = "".join(self.pieces[self.first_ordinary:][:300])
+        text = "  Aﬁ\t " + " ".join(self.user_defined) + common + "".join(self.pieces[-100:])
+        ids = self.encode(text)
+        if model.encode(text) != ids[1:]:
+            raise ValueError("wanted BPE, the identity normaliser, a dummy prefix and all white "
+                             "space kept; sentencepiece encodes a sample text otherwise")
+        ids += [*range(self.first_ordinary), self.byte_ids[0xF0]]
+        if model.decode(ids) != self.decode(ids):
+            raise ValueError("sentencepiece decodes the ids of a sample text otherwise")
 
     def encode(self, text, bos=True, eos=False):
-        """The ids of a text; control ids come from `bos` and `eos` alone, never from the text.
+        """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
 
-        Raises ValueError for what is not text: lone surrogates.
+        Raises ValueError if the text is not a str or holds a lone surrogate.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text holds a lone surrogate at character {error.start}: it is not "
-                             "Unicode text; decode its bytes first") from None
-        ids = [self.bos_id] * bos
-        text = text and SPACE + text.replace(" ", SPACE)
-        for n, part in enumerate(self.cut.split(text)):
-            if n % 2:
+            raise ValueError(f"text holds a lone surrogate at character {error.start}, which is "
+                             "not Unicode text; decode the bytes that it came from") from None
+        ids = [self.bos_id] if bos else []
+        text = text and SPACE + text.replace(" ", SPACE)  # an empty text has no ids
+        for n, part in enumerate(self.user_defined_pattern.split(text)):
+            if n % 2:  # split puts the matches of the group at the odd places
                 ids.append(self.ids[part])
             else:
-                words = self.word.findall(part)
-                ids.extend(chain.from_iterable(map(self.words.__getitem__, words)))
-        return ids + [self.eos_id] * eos
+                words = self.word_pattern.findall(part)
+                ids.extend(chain.from_iterable(map(self.word_ids.__getitem__, words)))
+        return ids + [self.eos_id] if eos else ids
 
     def encode_chat(self, messages):
-        """The ids of a conversation that awaits an answer, as Mistral's instruct models know it.
+        """The ids of a conversation in the format of Mistral's instruct models.
 
             <s> [INST] user [/INST] assistant </s> [INST] user [/INST]
 
-        messages: {"role": "system" | "user" | "assistant", "content": str}: maybe a system text,
-        then user and assistant in turn, the user last. The marks are control ids where the file has
-        them (v2, v3) and plain text where it has not (v1, Mixtral 8x7B); the system text opens the
-        last user's message there, the first one's here. An assistant's content may be the ids it
-        drew, for they need not be those of their text. Raises ValueError for other messages.
+        `messages` is a list of {"role": ..., "content": ...}: perhaps a "system" message, then
+        "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
+        the list of ids that it generated, since these can differ from the ids of their text.
+
+        In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
+        the first user text. In v2 and v3 they are control ids, and the system text is put before
+        the last user text. Raises ValueError for any other `messages`.
         """
-        system, turns = self._conversation(messages)
-        told, ids = len(turns) - 1 if self.marks else 0, [self.bos_id]
+        system, turns = self._check_messages(messages)
+        system_turn = len(turns) - 1 if self.inst_ids else 0
+        ids = [self.bos_id]
         for n, (role, content) in enumerate(turns):
             if role == "assistant":
-                if isinstance(content, str):
-                    content = self.encode(content.rstrip(" ") if self.marks else content, bos=False)
-                ids += [*content, self.eos_id]
-                continue
-            content = f"{system}\n\n{content}" if system and n == told else content
-            if self.marks:
-                ids += [self.marks[0], *self.encode(content, bos=False), self.marks[1]]
+                ids += [*self._answer_ids(content), self.eos_id]
             else:
-                ids += self.encode(f"[INST] {content} [/INST]", bos=False)
+                ids += self._user_ids(f"{system}\n\n{content}" if system and n == system_turn
+                                      else content)
         return ids
 
-    def _conversation(self, messages):
-        if "[SYSTEM_PROMPT]" in self.control_ids:
-            raise ValueError("chat: this tokenizer knows [SYSTEM_PROMPT], of a template later than "
-                             "Mixtral's (v1 to v3); encode the conversation with mistral-common")
-        turns = [(message["role"], message["content"]) for message in messages]
+    def _answer_ids(self, content):
+        if isinstance(content, list):
+            return content
+        return self.encode(content.rstrip(" ") if self.inst_ids else content, bos=False)
+
+    def _user_ids(self, text):
+        if not self.inst_ids:
+            return self.encode(f"[INST] {text} [/INST]", bos=False)
+        return [self.inst_ids[0], *self.encode(text, bos=False), self.inst_ids[1]]
+
+    def _check_messages(self, messages):
+        """The system text, perhaps empty, and the other messages as pairs (role, content)."""
+        if any("SYSTEM_PROMPT" in name for name in self.control_ids):
+            raise ValueError("chat: this tokenizer has [SYSTEM_PROMPT] and needs a later template "
+                             "than Mixtral's v1 to v3; encode the conversation with mistral-common")
+        if not isinstance(messages, list):
+            raise ValueError(f"chat: messages must be a list, got {type(messages).__name__}")
+        turns = [self._check_message(n, message) for n, message in enumerate(messages)]
         system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
         roles = [role for role, _ in turns]
         if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
             raise ValueError("chat: wanted an optional system message, then user, assistant, …, "
-                             f"user, got {', '.join(map(str, roles)) or 'none'}")
-        for role, content in [("system", system), *turns]:
-            if not isinstance(content, str) and not (role == "assistant" and type(content) is list):
-                raise ValueError(f"chat: content must be a str, got {type(content).__name__}")
+                             f"user, got {', '.join(roles) or 'none'}")
         return system, turns
 
-    def decode(self, ids):
-        """The text of ids: control ids print nothing, the unknown id ` ⁇ `, the dummy prefix goes.
+    def _check_message(self, n, message):
+        """Role and content of message n. Raises ValueError if one of them is missing or wrong."""
+        where = f"chat: message {n}"
+        if not isinstance(message, dict):
+            raise ValueError(f"{where} must be a dict, got {type(message).__name__}")
+        if message.keys() != {"role", "content"}:
+            keys = ", ".join(ascii(key) for key in message) or "none"
+            raise ValueError(f"{where} must have the keys 'role' and 'content', got {keys:.80}")
+        role, content = message["role"], message["content"]
+        if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+            raise ValueError(f"{where}: role must be 'system', 'user' or 'assistant', "
+                             f"got {ascii(role) if isinstance(role, str) else type(role).__name__}")
+        if role == "assistant" and isinstance(content, list):
+            for i in content:
+                self.check_id(i)
+        elif not isinstance(content, str):
+            raise ValueError(f"{where}: content must be a str, got {type(content).__name__}")
+        return role, content
 
-        Raises ValueError for an id outside the vocabulary.
+    def check_id(self, i):
+        """Raise ValueError unless i is the id of a piece."""
+        if type(i) is not int:
+            raise ValueError(f"ids must be of type int, got {type(i).__name__}")
+        if not 0 <= i < self.vocab_size:
+            raise ValueError(f"ids must be in 0 … {self.vocab_size - 1}, got {i}")
+
+    def decode(self, ids):
+        """The text of ids, without the space that `encode` puts in front.
+
+        Control ids have no text, and the unknown id has the text " ⁇ ". Each byte that is not part
+        of a UTF-8 character gives one U+FFFD. Raises ValueError for an id outside the vocabulary.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
 
     def stream(self):
-        """A decoder to be fed one id at a time."""
+        """A decoder that takes one id at a time."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Prints each id's text as soon as it is certain; all it printed is `decode` of all it was fed.
+    """Decodes ids one at a time. The texts it returns, joined, are `decode` of all the ids.
 
-    A run of byte pieces is UTF-8 and may end inside a character, which is then held back until it
-    is whole or can no longer become so. Only the first piece with text loses its leading space.
+    Bytes of an unfinished UTF-8 character are held back until the character is complete or can no
+    longer be completed.
     """
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.begun = tokenizer, False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("mark_each_byte")
+        self.tokenizer, self.has_begun = tokenizer, False
+        # surrogateescape turns each undecodable byte into one of U+DC80 to U+DCFF.
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
     def feed(self, i):
-        """The text that id i makes certain, often empty. Raises ValueError for an unknown id."""
+        """The text that has become certain with id i, often empty."""
         t = self.tokenizer
-        if type(i) is not int or not 0 <= i < t.vocab_size:
-            raise ValueError(f"ids must be integers in 0 … {t.vocab_size - 1}, got {i!r}")
+        t.check_id(i)
         if i in t.byte_of:
-            text = self.utf8.decode(bytes([t.byte_of[i]]))
-            self.begun = True
-            return text
+            self.has_begun = True
+            return self._decode_bytes(bytes([t.byte_of[i]]))
         text = self.flush()
         if i in t.control:
             return text
         piece = " ⁇ " if i == t.unk_id else t.pieces[i].replace(SPACE, " ")
-        if not self.begun and i != t.unk_id:
+        if not self.has_begun and i != t.unk_id:
             piece = piece.removeprefix(" ")
-        self.begun = True
+        self.has_begun = True
         return text + piece
 
     def flush(self):
-        """What is left at the end: one U+FFFD for each byte of an unfinished character."""
-        return self.utf8.decode(b"", final=True)
+        """The text of the bytes that were held back: one U+FFFD for each."""
+        return self._decode_bytes(b"", final=True)
+
+    def _decode_bytes(self, data, final=False):
+        return re.sub("[\udc80-\udcff]", "\ufffd", self.utf8.decode(data, final))

@@ -1,4 +1,4 @@
-"""Small random models that several test files argue about."""
+"""Small random models that several test files use."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from generate import save_file
+from convert import write_safetensors
 from mixtral import Mixtral, MixtralConfig
 
 SMALL = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -15,7 +15,7 @@ SMALL = {"vocab_size": 37, "hidden_size": 24, "intermediate_size": 20, "num_hidd
 
 
 def random_model(seed=0, dtype=torch.float64, **changes):
-    """A model with weights large enough for every term, norms included, to matter."""
+    """A model whose weights are so large that every term of the forward pass matters."""
     torch.manual_seed(seed)
     model = Mixtral(MixtralConfig(**SMALL | changes)).to(dtype).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
@@ -25,9 +25,9 @@ def random_model(seed=0, dtype=torch.float64, **changes):
 
 
 def save(model, directory, **changes):
-    """A Hugging Face directory of a model: one safetensors file and config.json."""
+    """Write a Hugging Face directory: model.safetensors and a config.json with these changes."""
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(dict(model.state_dict()), directory / "model.safetensors")
+    write_safetensors(directory / "model.safetensors", model.state_dict())
     config = {"model_type": "mixtral"} | dataclasses.asdict(model.config) | changes
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -35,4 +35,5 @@ def save(model, directory, **changes):
 
 @pytest.fixture
 def checkpoint(tmp_path):
+    """The directory of a saved `random_model()`."""
     return save(random_model(), tmp_path / "model")

@@ -1,98 +1,170 @@
-"""Claims about the README: what it shows is what its commands and blocks print, word for word."""
+"""Claims about the documents: they show what their commands print, and what they name exists."""
 
 import doctest
 import importlib
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from card import run, workplace
+import readme
 
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
-EXERCISES = re.findall(r"^\| [^|]+ \| `(.+?)` → `(.+?)` \| `(test_\w+)` \|$", README, re.M)
+ROOT = readme.ROOT
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in readme.DOCUMENTS}
+EXAMPLES = [(name, example) for name, text in TEXTS.items() for example in readme.examples(text)]
+CLAIMS = re.findall(r"^\| [^|]+ \| (`test_.*) \| [^|]+ \|$", TEXTS["tests/README.md"], re.M)
+ANSWERS = re.findall(r"^\| (\d) \| .* \| `(test_\w+)` \|", TEXTS["tests/README.md"], re.M)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return workplace(tmp_path_factory.mktemp("readme"))
+def places(tmp_path_factory):
+    """One copy of the repository for each document."""
+    found = {}
+
+    def place(name):
+        if name not in found:
+            found[name] = readme.workplace(tmp_path_factory.mktemp("readme"))
+        return found[name]
+
+    return place
 
 
-def shown(output):
-    """What the README shows as a pattern: … stands for anything."""
-    return re.compile(".*".join(map(re.escape, output.rstrip().split("…"))), re.S)
+@pytest.mark.parametrize("name, example", EXAMPLES,
+                         ids=[f"{name}:{example.line}" for name, example in EXAMPLES])
+def test_an_example_prints_what_the_document_shows(places, name, example):
+    result = readme.run(places(name), example.command)
+    assert readme.holds(example, result), (example.command, example.shown, result)
 
 
-def test_it_is_short_enough_to_be_read():
-    assert README.count("\n") <= 200
+def test_the_readme_has_python_and_console_examples():
+    commands = [example.command for name, example in EXAMPLES if name == "README.md"]
+    assert sum(command.startswith("python -") for command in commands) >= 2
+    assert any(command.startswith("python convert.py") for command in commands)
+    assert len(commands) >= 6
 
 
-@pytest.mark.parametrize("block", [block for kind, block in BLOCKS if kind == "console"])
-def test_commands_print_what_is_shown(place, block):
-    for part in re.split(r"^\$ ", block, flags=re.M)[1:]:
-        command, output = part.split("\n", 1)
-        assert shown(output).fullmatch(run(place, command)), command
+def test_the_readme_is_short_enough_to_be_read():
+    assert TEXTS["README.md"].count("\n") <= 150
 
 
-@pytest.mark.parametrize("code, output", [
-    (code, output) for (kind, code), (_, output) in zip(BLOCKS, BLOCKS[1:], strict=False)
-    if kind == "python"])
-def test_python_blocks_print_what_is_shown(place, code, output):
-    (place / "block.py").write_text(code, encoding="utf-8")
-    assert shown(output).fullmatch(run(place, "python block.py"))
+# ------------------------------------------------------------------ what the documents name
 
 
-def test_every_kind_of_block_was_found():
-    kinds = [kind for kind, _ in BLOCKS]
-    assert kinds.count("console") >= 3 and kinds.count("python") == kinds.count("text") == 2
+def test_every_test_that_a_document_names_exists():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    for name, text in TEXTS.items():
+        for test in re.findall(r"\b(test_\w+)\b(?!\.py)", text):
+            assert f"def {test}(" in source, f"{name} names {test}"
+    assert len(CLAIMS) >= 9
 
 
-def test_the_first_command_prints_the_story_shown(place):
-    [story] = re.findall(r"^    (Once upon a time, .*?)…$", README, re.M | re.S)
-    printed = run(place, 'python generate.py --prompt "Once upon a time"')
-    assert " ".join(printed.split()).startswith(" ".join(story.split()))
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_linked_file_exists(name):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", TEXTS[name]):
+        assert ((ROOT / name).parent / target).exists(), target
+    for path in re.findall(r"`((?:tests|tiny)/[\w./]+\w)`", TEXTS[name]):
+        assert (ROOT / path).exists() or path.startswith("tiny/state"), path
 
 
-def test_there_are_six_exercises():
-    assert len(EXERCISES) == 6
-
-
-@pytest.mark.parametrize("old, new, test", EXERCISES)
-def test_an_exercise_fails_the_test_it_names(place, tmp_path, old, new, test):
-    source = (ROOT / "mixtral.py").read_text(encoding="utf-8")
-    assert source.count(old) == 1
-    shutil.copytree(place, tmp_path / "copy", ignore=shutil.ignore_patterns("RAW", "OUT"))
-    (tmp_path / "copy" / "mixtral.py").write_text(source.replace(old, new), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_mixtral.py", "-k", test,
-                           "-q", "-p", "no:cacheprovider"], cwd=tmp_path / "copy",
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1 and f"FAILED tests/test_mixtral.py::{test}" in done.stdout
-
-
-@pytest.mark.parametrize("test", re.findall(r"`(test_\w+)`", README))
-def test_every_test_it_names_is_there(test):
-    files = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    assert any(f"def {test}(" in text for text in files)
-
-
-@pytest.mark.parametrize("module", ["mixtral", "tokenizer", "generate"])
+@pytest.mark.parametrize("module", ["mixtral", "tokenizer", "generate", "convert"])
 def test_the_examples_in_docstrings_hold(module):
     results = doctest.testmod(importlib.import_module(module))
-    assert results.attempted > 0 and results.failed == 0
+    assert results.failed == 0 and results.attempted > 0
 
 
-def test_pydoc_reads_as_a_chapter(place):
-    text = run(place, "python -m pydoc mixtral")
-    for words in ("Key of letters", "Departures from the released code", "class SparseMoE",
-                  "Softmax(TopK(x·W_g))"):
-        assert words in text
+# ------------------------------------------------------------------ the exercises
 
 
-def test_the_picture_is_what_its_script_draws(place):
-    before = (ROOT / "tiny" / "routing.svg").read_text(encoding="utf-8")
-    run(place, "python tests/picture.py")
-    assert (place / "tiny" / "routing.svg").read_text(encoding="utf-8") == before
+def test_every_exercise_of_the_readme_has_an_answer():
+    section = TEXTS["README.md"].partition("\n## Exercises\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^(\d)\. ", section, re.M) == [number for number, _ in ANSWERS]
+    assert len(ANSWERS) == 6
+
+
+def test_the_change_of_an_exercise_fails_the_test_in_the_answer():
+    done = subprocess.run([sys.executable, "tests/tools/mutants.py", "--answers"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert f"{len(ANSWERS)} of {len(ANSWERS)} mutants killed" in done.stdout, done.stdout
+    for _, test in ANSWERS:
+        assert test in done.stdout
+
+
+# ------------------------------------------------------------------ the tool
+
+
+@pytest.mark.parametrize("shown, output", [
+    ("a\nb\n", "a\nb\n"), ("", ""), ("…\n", ""), ("…\n", "a\nb\n"), ("a\n…\n", "a\nb\nc\n"),
+    ("…\nc\n", "a\nb\nc\n"), ("a …\nb\n", "a long line\nb\n"), ('{"x": …\n', '{"x": 3}\n'),
+    ("0.5, …\n", "0.5, …\n")])
+def test_an_output_matches_what_is_shown(shown, output):
+    assert readme.matches(shown, output)
+
+
+@pytest.mark.parametrize("shown, output", [
+    ("a\n", "a\nb\n"), ("a\nb\n", "a\n"), ("", "a\n"), ("a …\n", "a long line\nb\n"),
+    ("…\nc\n", "a\nb\n"), ("a…b\n", "acb\n"), ("a.c\n", "abc\n"), ("a …\n", "b long line\n")])
+def test_another_output_does_not_match(shown, output):
+    assert not readme.matches(shown, output)
+
+
+@pytest.mark.parametrize("shown, output, new", [
+    ("old\n", "new\nlines\n", "new\nlines\n"),
+    ("one\n…\nlast\n", "1\n2\n3\n4\n", "1\n…\n4\n"),
+    ("Once upon a time, there …\n", "Once there was a girl named Lily\n", "Once there was a girl …\n"),
+    ("one two …\n", "short\n", "short\n")])
+def test_a_new_output_is_shortened_where_the_old_one_was(shown, output, new):
+    assert readme.shortened(shown, output) == new
+    assert readme.matches(new, output)
+
+
+DOCUMENT = """\
+Text.
+
+```python
+print(1 + 1)
+```
+
+```text
+{}
+```
+
+```python
+this block has no output and is not run
+```
+
+```console
+$ echo one; echo two
+one
+{}
+$ python -c "print('x')"; pip no-such-command
+x
+```
+"""
+
+
+def test_stale_outputs_are_found_and_replaced_and_nothing_else_changes(tmp_path, capsys):
+    document = tmp_path / "document.md"
+    document.write_text(DOCUMENT.format("3", "2"))
+    assert readme.main([str(document), "--check"]) == 1
+    assert document.read_text() == DOCUMENT.format("3", "2")
+    assert "-3\n+2\n" in capsys.readouterr().out
+    assert readme.main([str(document)]) == 0
+    assert document.read_text() == DOCUMENT.format("2", "two")
+    assert readme.main([str(document), "--check"]) == 0
+
+
+@pytest.mark.parametrize("block", ["$ python lost.py\n", "$ python lost.py\n…\n",
+                                   "$ echo begun; exit 1\n…\n"])
+def test_a_command_that_fails_is_reported(tmp_path, block, capsys):
+    document = tmp_path / "document.md"
+    document.write_text(f"```console\n{block}```\n")
+    for options in ([], ["--check"]):
+        assert readme.main([str(document), *options]) == 1
+        assert block.splitlines()[0].removeprefix("$ ") in capsys.readouterr().err
+    assert document.read_text() == f"```console\n{block}```\n"
+
+
+def test_a_command_may_fail_if_its_output_is_shown(tmp_path):
+    [example] = readme.examples("```console\n$ echo differs; exit 1\ndiffers\n```\n")
+    assert readme.holds(example, readme.Result("differs\n", "", 1))

@@ -1,88 +1,255 @@
-"""Who goes where: `python tests/oracle/routing.py FILE [--model DIR]`, per layer, for a text.
+"""Show which experts the tokens of a text are routed to: `python tests/oracle/routing.py --help`.
 
-`load` is the share of visits that each expert takes: 1/E each if it were even. `first` is the
-share of tokens whose first expert is that of the token before; `either`, of tokens that share any
-of their k experts with it (the paper's Table 5, section 5). Chance gives 1/E and
-1 − C(E−k, k)/C(E, k): 12.5 % and 46.4 % for two of eight.
+    python tests/oracle/routing.py --prompt "Once upon a time" --max-new-tokens 40
+    python tests/oracle/routing.py story.txt --html routing.html
+
+The first part of the output is the text with the first expert of each token in one layer: as a
+colour on a terminal, unless NO_COLOR is set, and otherwise as a small number after the token.
+
+The second part is a table of all layers. An assignment is a pair of a token and an expert chosen
+for it, so a text of N tokens has A·N of them in each layer. The load of an expert is its share of
+the assignments. The last two columns are the measure of Table 5 in the paper: the share of tokens
+with the same first expert as the token before, and with any expert in common with it. The row
+`random` holds what random routing gives: 1/E, 1/E and 1 − C(E−A, A)/C(E, A).
+
+--html writes a page with every layer, weight and margin, and with the window and the rolling buffer
+of every token. --svg draws the first, middle and last layer, as Figure 8 of the paper does. These
+commands make the picture of the README, in float64 so that it does not depend on the machine:
+
+    python tests/oracle/routing.py --prompt "Once upon a time" --max-new-tokens 70 \\
+        --svg tiny/routing.svg
+
+Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
 
 import argparse
+import html
+import json
 import math
+import os
+import re
 import sys
-import warnings
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+from trace import add_model_arguments, exit_code, load_model, recording  # sets sys.path
 
 import torch
 
-from generate import DTYPES, TINY, watching
-from mixtral import Mixtral
+from convert import check_output, complete_or_absent
+from generate import check_integer, generate
 from tokenizer import Tokenizer
 
-
-def loads(chosen, E):
-    """Share of visits of each expert: (N, k) -> (E)."""
-    return chosen.flatten().bincount(minlength=E).double() / chosen.numel()
-
-
-def repetitions(chosen):
-    """Shares of tokens with the first expert, and with any expert, of the token before."""
-    before, after = chosen[:-1], chosen[1:]
-    first = before[:, 0] == after[:, 0]
-    either = (before[:, :, None] == after[:, None]).flatten(1).any(1)
-    return first.double().mean().item(), either.double().mean().item()
-
-
-def chance(E, k):
-    """What `repetitions` tends to where k experts of E are drawn at random."""
-    return 1 / E, 1 - math.comb(E - k, k) / math.comb(E, k)
+PAGE = Path(__file__).with_name("routing.html")
+CHUNK = 256  # tokens per chunk of a cache
+TERMINAL_COLOURS = (203, 215, 221, 114, 80, 75, 141, 211)  # of the 256 colours of a terminal
+COLOURS = ("#f4a6a6", "#f2c48d", "#e8dc7a", "#a8d98a", "#86d4c8", "#92bdf0", "#c3aaf0", "#f0a6d8")
+WIDTH, LETTER, LINE = 860, 7.8, 22  # of the picture, a character and a line, in pixels
 
 
 @torch.inference_mode()
-def choices(model, tokens):
-    """The experts of each token in each layer, (N, k) by layer, the text fed through a cache."""
-    cache = model.new_cache(1, len(tokens))
-    with watching(model) as seen:
-        for at in range(0, len(tokens), cache.chunk):
-            model(torch.tensor([tokens[at:at + cache.chunk]]), cache, last_only=True)
-            # All but the choices is let go after each chunk: a book's intermediates are large.
-            for name in [name for name in seen if not name.endswith(".chosen")]:
-                del seen[name]
-    return [torch.cat(pieces) for pieces in seen.values()]
+def record(model, tokens):
+    """The routing of a text, which is read in chunks.
+
+    tokens, a list of N ids -> weights (L, N, A), experts (L, N, A), margins (L, N)
+
+    The margin is the logit of the last chosen expert minus that of the best other expert. If it is
+    close to 0, rounding can change the choice. It is infinite if all experts are chosen.
+    """
+    ids = torch.tensor([tokens], device=model.lm_head.weight.device)
+    cache = model.new_cache(1, len(tokens), CHUNK)
+    with recording(model, only=("weights", "chosen", "margin")) as seen:
+        model(ids, cache, last_only=True)
+
+    def joined(word):
+        return torch.stack([torch.cat(parts) for name, parts in seen.items()
+                            if name.endswith(f".{word}")])
+
+    c = model.config
+    if c.num_experts_per_tok < c.num_local_experts:
+        return joined("weights"), joined("chosen"), joined("margin")
+    return joined("weights"), joined("chosen"), joined("weights")[..., 0] + math.inf
 
 
-def table(layers, E):
-    k = layers[0].shape[1]
-    yield "layer  " + "".join(f"load {e:<4}" for e in range(E)) + "first   either"
-    for n, chosen in enumerate(layers):
-        first, either = repetitions(chosen)
-        yield (f"{n:5}  " + "".join(f"{share:7.1%}  " for share in loads(chosen, E).tolist())
-               + f"{first:6.1%}  {either:6.1%}")
-    first, either = chance(E, k)
-    yield "chance " + f"{1 / E:7.1%}  " * E + f"{first:6.1%}  {either:6.1%}"
+def expert_load(experts, E):
+    """The share of the assignments of each expert: (N, A) -> (E)."""
+    return experts.flatten().bincount(minlength=E).double() / experts.numel()
+
+
+def repetitions(experts):
+    """How often a token shares an expert with the token before: (N, A) -> two fractions.
+
+    The first fraction counts equal first experts, the second any expert in common.
+    """
+    if len(experts) < 2:
+        raise ValueError(f"wanted a text of at least 2 tokens, got {len(experts)}")
+    before, after = experts[:-1], experts[1:]
+    same_first = before[:, 0] == after[:, 0]
+    any_shared = (before.unsqueeze(2) == after.unsqueeze(1)).any(dim=2).any(dim=1)
+    return same_first.double().mean().item(), any_shared.double().mean().item()
+
+
+def random_repetitions(E, A):
+    """The expected `repetitions` if every token gets A of E experts at random."""
+    return 1 / E, 1 - math.comb(E - A, A) / math.comb(E, A)
+
+
+def token_texts(tokenizer, tokens):
+    """The text of each token, for display.
+
+    A control token shows its piece, as <s>. A character of several byte tokens is shown at the
+    last of them.
+    """
+    decoder, control = tokenizer.stream(), tokenizer.control
+    texts = [decoder.feed(t) + (tokenizer.pieces[t] if t in control else "") for t in tokens]
+    return [*texts[:-1], texts[-1] + decoder.flush()]
+
+
+# ------------------------------------------------------------------ terminal
+
+
+def painted(text, expert):
+    """The text on the background colour of an expert; line ends stay uncoloured."""
+    start = f"\x1b[30;48;5;{TERMINAL_COLOURS[expert % len(TERMINAL_COLOURS)]}m"
+    return "\n".join(f"{start}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def marked_text(texts, experts, colour):
+    """The texts of tokens with the first expert of each, as a colour or a small number."""
+    subscripts = {ord("0") + n: ord("₀") + n for n in range(10)}
+    return "".join(painted(text, e) if colour else text + str(e).translate(subscripts)
+                   for text, e in zip(texts, experts[:, 0].tolist(), strict=True))
+
+
+def table(experts, E, colour):
+    """The lines of the table of all layers, from experts (L, N, A), in percent."""
+    def line(name, shares):
+        return f"{name:>6}" + "".join(f"{100 * x:{width}.1f}" for x, width in zip(
+            shares, [6] * E + [12, 12], strict=True))
+
+    heads = (f"{e:6}" for e in range(E))
+    yield "percent of the assignments of each expert, and of tokens that repeat an expert"
+    yield (" layer" + "".join(painted(head, e) if colour else head for e, head in enumerate(heads))
+           + "  same first  any shared")
+    for n, layer in enumerate(experts):
+        yield line(n, [*expert_load(layer, E).tolist(), *repetitions(layer)])
+    yield line("random", [1 / E] * E + [*random_repetitions(E, experts.shape[2])])
+
+
+# ------------------------------------------------------------------ page and picture
+
+
+def page(name, config, tokens, texts, prompt_length, routing):
+    """The HTML page of a routing, which is the result of `record`."""
+    weights, experts, margins = routing
+    data = {"model": name, "prompt": prompt_length, "window": config.sliding_window,
+            "chunk": CHUNK, "experts": config.num_local_experts, "tokens": texts,
+            "ids": tokens, "chosen": experts.tolist(),
+            "weights": [[[round(w, 4) for w in token] for token in layer]
+                        for layer in weights.tolist()],
+            "margins": [[round(m, 4) if m < math.inf else None for m in layer]
+                        for layer in margins.tolist()]}
+    text = json.dumps(data).replace("<", "\\u003c")  # so that no </script> can end the data
+    return PAGE.read_text(encoding="utf-8").replace("/*DATA*/null", text)
+
+
+def rectangle(x, y, width, height, expert, text=""):
+    """The SVG of a text on the colour of an expert."""
+    # XML has no way to write most control characters.
+    text = re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+    return (f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{height}" '
+            f'fill="{COLOURS[expert % len(COLOURS)]}"/>'
+            f'<text x="{x:.1f}" y="{y + 14}" textLength="{width:.1f}" '
+            f'xml:space="preserve">{html.escape(text)}</text>')
+
+
+def drawn_layer(texts, experts, y):
+    """The SVG parts of a text in one layer, wrapped, from height y on; and the height below it."""
+    parts, x = [], 10.0
+    for text, e in zip(texts, experts[:, 0].tolist(), strict=True):
+        for n, line in enumerate(text.split("\n")):
+            width = LETTER * len(line)
+            if n or x + width > WIDTH - 10:
+                x, y = 10.0, y + LINE
+            if line:
+                parts.append(rectangle(x, y, width, LINE - 3, e, line))
+            x += width
+    return parts, y + LINE
+
+
+def picture(texts, experts, E):
+    """The SVG picture of experts (L, N, A) in the first, middle and last layer."""
+    parts, y, L = [], 4, len(experts)
+    for layer in sorted({0, L // 2, L - 1}):
+        y += 24
+        parts.append(f'<text x="10" y="{y}" font-weight="bold">layer {layer}</text>')
+        more, y = drawn_layer(texts, experts[layer], y + 8)
+        parts += more
+    y += 14
+    for e in range(E):
+        name = f"expert {e}"
+        parts.append(rectangle(10 + 100 * (e % 8), y + 26 * (e // 8), LETTER * len(name), LINE, e,
+                               name))
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
+        f'height="{y + 26 * math.ceil(E / 8) + 6}" font-family="monospace" font-size="13" '
+        'role="img">', "<title>The first expert of each token in three layers</title>",
+        '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
+
+
+# ------------------------------------------------------------------ the command
+
+
+def read_text(path):
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+
+
+def write_text(path, text):
+    with complete_or_absent(path) as part:
+        part.write_text(text, encoding="utf-8")
+    print(f"[routing in {path}]", file=sys.stderr)
+
+
+def run(args):
+    check_integer("--max-new-tokens", args.max_new_tokens)
+    for path in filter(None, (args.html, args.svg)):
+        check_output(path)
+    text = args.prompt if args.file is None else read_text(args.file)
+    tokenizer, model = Tokenizer(args.model), load_model(args)
+    L, E = model.config.num_hidden_layers, model.config.num_local_experts
+    layer = L // 2 if args.layer is None else args.layer
+    if not 0 <= layer < L:
+        raise ValueError(f"--layer must be in 0 … {L - 1}, got {layer}")
+    prompt = tokenizer.encode(text)
+    tokens = prompt + generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_id)[0]
+    texts, routing = token_texts(tokenizer, tokens), record(model, tokens)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(f"layer {layer}, first expert of each token:\n")
+    print(marked_text(texts, routing[1][layer], colour), end="\n\n")
+    print("\n".join(table(routing[1], E, colour)))
+    if args.html:
+        name = args.model.resolve().name
+        write_text(args.html, page(name, model.config, tokens, texts, len(prompt), routing))
+    if args.svg:
+        write_text(args.svg, picture(texts[1:], routing[1][:, 1:], E))  # without <s>
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Expert load and repetitions of a text, per layer.")
-    p.add_argument("file", type=Path, help="text in UTF-8")
-    p.add_argument("--model", type=Path, default=TINY, help="default: the embedded checkpoint")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    args = p.parse_args(argv)
-    try:
-        text = args.file.read_text(encoding="utf-8")
-        tokens = Tokenizer(args.model).encode(text)
-        if len(tokens) < 2:
-            raise ValueError(f"{args.file}: wanted a text of two tokens at least")
-        model = Mixtral.from_pretrained(args.model, DTYPES[args.dtype])
-    except (OSError, ValueError) as error:
-        print(f"routing.py: {error}", file=sys.stderr)
-        return 1
-    print(f"{len(tokens)} tokens of {args.file}")
-    print("\n".join(table(choices(model, tokens), model.config.num_local_experts)))
-    return 0
+    p = argparse.ArgumentParser(prog="routing.py", allow_abbrev=False,
+                                description="Show which experts the tokens of a text use.")
+    text = p.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", metavar="TEXT", help="the text")
+    text.add_argument("file", nargs="?", type=Path, metavar="FILE", help="a file of UTF-8 text")
+    add_model_arguments(p)
+    p.add_argument("--max-new-tokens", type=int, default=0, metavar="N",
+                   help="continue the text by up to N tokens (default: 0)")
+    p.add_argument("--layer", type=int, metavar="L",
+                   help="the layer of the text (default: the middle one)")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page of all layers")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of three layers")
+    return exit_code("routing.py", run, p.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,176 @@
+"""Run the examples in the documents, and compare or replace the outputs that they show.
+
+    python tests/tools/readme.py              replaces every output that has changed
+    python tests/tools/readme.py --check      prints the differences; exit code 1 if there are any
+
+An example is a ```python block that is followed by a ```text block with its output, or a line
+`$ command` in a ```console block that is followed by its output. Only standard output counts. In a
+shown output, a line `…` stands for any number of lines, and ` …` at the end of a line stands for
+the rest of that line.
+
+The examples of a document run in order, in a copy of the repository. There, `python` is the
+interpreter that runs this program, and `pip` does nothing. RAW, which stands for downloaded weights
+in the documents, is a directory with the embedded checkpoint in Mistral's layout.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "tests/README.md", "tests/oracle/README.md", "tiny/README.md")
+LINES = r"(?:(?!```).*\n)*"  # up to the end of a block
+BLOCK = re.compile(rf"^```(?:(?P<kind>python)\n(?P<code>{LINES})```\n+```text|console)\n"
+                   rf"(?P<body>{LINES})```$", re.M)
+COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<output>(?:(?!\$ ).*\n)*)", re.M)
+
+
+class Example(NamedTuple):
+    line: int  # in the document, counted from 1
+    command: str  # for the shell
+    shown: str  # the output, with its line ends
+    start: int  # where `shown` begins in the document
+
+
+class Result(NamedTuple):
+    output: str
+    errors: str
+    code: int
+
+
+# ------------------------------------------------------------------ examples and outputs
+
+
+def examples(document):
+    """The examples in the text of a document."""
+    found = []
+    for block in BLOCK.finditer(document):
+        start = block.start("body")
+        if block["kind"]:
+            found.append((f"python - <<'END'\n{block['code']}END", block["body"], start))
+        else:
+            found += [(part["command"], part["output"], start + part.start("output"))
+                      for part in COMMAND.finditer(block["body"])]
+    return [Example(document.count("\n", 0, part[-1]), *part) for part in found]
+
+
+def matches(shown, output):
+    """Whether an output is the shown one; … stands for what was left out."""
+    patterns = []
+    for line in shown.splitlines():
+        if line == "…":
+            patterns.append("(?:.*\n)*")
+        elif line.endswith(" …"):
+            patterns.append(re.escape(line.removesuffix("…").rstrip()) + ".*\n")
+        else:
+            patterns.append(re.escape(line) + "\n")
+    return re.fullmatch("".join(patterns), output) is not None
+
+
+def holds(example, result):
+    """Whether a result is the shown one. A command that fails must show what it prints."""
+    literal = [line for line in example.shown.splitlines() if line != "…"]
+    return matches(example.shown, result.output) and (result.code == 0 or bool(literal))
+
+
+def shortened(shown, output):
+    """The new output, with … in the places where the shown one has it."""
+    old, new = shown.splitlines(), output.splitlines()
+    if "…" in old:
+        head, tail = old.index("…"), len(old) - old.index("…") - 1
+        if len(new) >= head + tail:
+            new = [*new[:head], "…", *new[len(new) - tail:]]
+    for n, line in enumerate(old[:len(new)]):
+        if line.endswith(" …") and len(new[n]) > len(line):
+            new[n] = new[n][:len(line) - 1].rpartition(" ")[0] + " …"
+    return "".join(f"{line}\n" for line in new)
+
+
+# ------------------------------------------------------------------ running
+
+
+def copy_repository(directory):
+    """Copy the program files, the tests and the embedded checkpoint to a directory."""
+    directory.mkdir(exist_ok=True)
+    for pattern in ("*.py", "*.md", "*.txt", "*.toml"):
+        for path in ROOT.glob(pattern):
+            shutil.copy2(path, directory)
+    for name in ("tests", "tiny"):
+        shutil.copytree(ROOT / name, directory / name,
+                        ignore=shutil.ignore_patterns(".*", "__pycache__", "state.p*"))
+    return directory
+
+
+def workplace(directory):
+    """A copy of the repository in which the commands of the documents can run."""
+    copy_repository(directory)
+    (directory / "bin").mkdir()
+    for name, body in (("python", f'exec "{sys.executable}" "$@"'), ("pip", ":")):
+        (directory / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (directory / "bin" / name).chmod(0o755)
+    return directory
+
+
+def execute(place, command):
+    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, cwd=place, capture_output=True, encoding="utf-8",
+                          timeout=300, env={**os.environ, "PATH": path, "NO_COLOR": "1"})
+    output = done.stdout + "\n" * (not done.stdout.endswith("\n") and done.stdout != "")
+    return Result(output, done.stderr, done.returncode)
+
+
+def run(place, command):
+    """Run a command in a workplace; the first that names RAW finds it there."""
+    if re.search(r"\bRAW\b", command) and not (place / "RAW").exists():
+        made = execute(place, "python convert.py --input_dir tiny --output_dir RAW --to mistral")
+        if made.code:
+            raise ValueError(f"convert.py could not make RAW: {made.errors}")
+    return execute(place, command)
+
+
+def refreshed(document, place):
+    """The text of a document with the outputs that its examples print now."""
+    parts, end = [], 0
+    for example in examples(document):
+        result, shown = run(place, example.command), example.shown
+        if not holds(example, result):
+            shown = shortened(shown, result.output)
+            if result.code and (shown == example.shown or not result.output):
+                raise ValueError(f"line {example.line}: {example.command}\n{result.errors}")
+        parts += [document[end:example.start], shown]
+        end = example.start + len(example.shown)
+    return "".join(parts) + document[end:]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="Check or refresh the outputs shown in documents.")
+    p.add_argument("documents", nargs="*", type=Path, help="default: those of the repository")
+    p.add_argument("--check", action="store_true", help="print differences and change nothing")
+    args = p.parse_args(argv)
+    stale = False
+    for path in args.documents or [ROOT / name for name in DOCUMENTS]:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                old = path.read_text(encoding="utf-8")
+                new = refreshed(old, workplace(Path(directory)))
+            except (OSError, ValueError) as error:
+                print(f"readme.py: {path}: {error}", file=sys.stderr)
+                return 1
+        if new != old:
+            stale = True
+            sys.stdout.writelines(difflib.unified_diff(
+                old.splitlines(True), new.splitlines(True), f"{path} as it is", "as it prints"))
+            if not args.check:
+                path.write_text(new, encoding="utf-8")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
