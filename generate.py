@@ -28,11 +28,13 @@ import re
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -159,9 +161,13 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
 def draw(logits, temperature, top_p, generators):
     """One token per row, each row with its own generator: (B, V) to (B)."""
     if temperature == 0:
-        return sample(logits)
-    return torch.stack([sample(row, temperature, top_p, generator)
-                        for row, generator in zip(logits, generators, strict=True)])
+        tokens = sample(logits)
+    else:
+        tokens = torch.stack([sample(row, temperature, top_p, generator)
+                              for row, generator in zip(logits, generators, strict=True)])
+    if dist.is_initialized():
+        dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
+    return tokens
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
@@ -283,8 +289,9 @@ def chat_messages(system, text):
 def load(directory, dtype=None, device="cpu"):
     """The tokenizer and the model of a directory, prepared for this machine by `tune`.
 
-    With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. Raises
-    ValueError if the directory is incomplete or damaged, or if the weights do not fit into memory.
+    With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. If
+    torch.distributed is initialised, every rank loads its share of the model. Raises ValueError if
+    the directory is incomplete or damaged, or if the weights do not fit into memory.
     """
     check_device(device)
     files = weight_files(directory)
@@ -295,10 +302,13 @@ def load(directory, dtype=None, device="cpu"):
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                          f"only {config.vocab_size}; they do not belong together")
     weights = read_weights(files)
+    if dist.is_initialized():
+        raw, weights = shard(raw, weights, dist.get_rank(), dist.get_world_size())
     check_memory(directory, weights, dtype, device)
     weights = {name: convert_floats(weight, dtype, device)
                for name, weight in with_progress(weights)}
-    return tokenizer, tune(assemble(raw, weights))
+    model = tune(assemble(raw, weights))
+    return tokenizer, reduce_outputs(model) if dist.is_initialized() else model
 
 
 def tune(model):
@@ -421,6 +431,112 @@ def with_progress(weights):
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+# ------------------------------------------------------------------ several devices
+#
+# `torchrun --nproc-per-node 2 generate.py ...` runs the model with tensor parallelism. Each rank
+# holds a share of the heads and of the width of every expert:
+#
+#               q, k, v, w1, w3: split by rows        o_proj, w2: split by columns
+#               ┌──────────┐                          ┌─────┬─────┐
+#     x  ──►    │  rank 0  │  ──► its heads or  ──►   │     │     │  ──►  a partial sum of y;
+#  (on all      ├──────────┤      its part of         │rank │rank │       all-reduce adds the sums
+#   ranks)      │  rank 1  │      the expert          │  0  │  1  │       and gives y to all ranks
+#               └──────────┘                          └─────┴─────┘
+#
+# Attention mixes values within a head, and SwiGLU works on single features, so nothing is exchanged
+# between the two products. One all-reduce after attention and one after the mixture suffice. The
+# norms, the router, the embedding and the output projection are on every rank, so all ranks choose
+# the same experts.
+
+SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "w1": 0, "w3": 0, "o_proj": 1, "w2": 1}
+
+
+def shard(raw, weights, rank, ranks):
+    """The config.json and the weights of one rank. Raises ValueError if they cannot be divided."""
+    config, local = MixtralConfig.from_dict(raw), {}
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(config, field)
+        if size % ranks:
+            raise ValueError(f"{ranks} ranks do not divide {field} {size}")
+        local[field] = size // ranks
+    parts = {}
+    for name, weight in weights.items():
+        layer, kind = ("." + name).split(".")[-2:]
+        axis = SPLIT.get(layer)
+        if axis is not None and kind == "weight_shape":
+            weight = weight.clone()
+            weight[axis] //= ranks
+        elif axis is not None and weight.ndim == 2:
+            if weight.shape[axis] % ranks:
+                raise ValueError(f"{name}: {ranks} ranks must divide its {weight.shape[axis]} "
+                                 f"{'groups' if kind == 'weight_scale' else 'rows or columns'}")
+            weight = weight.chunk(ranks, dim=axis)[rank].contiguous()
+        parts[name] = weight
+    return raw | local | {"head_dim": config.head_dim}, parts
+
+
+def reduce_outputs(model):
+    """Add an all-reduce to the output of every attention and every mixture; returns the model."""
+    def all_reduce(module, inputs, output):
+        output = output.contiguous()
+        dist.all_reduce(output)
+        return output
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(all_reduce)
+        layer.block_sparse_moe.register_forward_hook(all_reduce)
+    return model
+
+
+def join_ranks(device):
+    """Connect the processes that torchrun started, if any; returns the device of this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        check_device(device)
+        torch.cuda.set_device(device)
+    # The timeout is long because a chat waits for its user; a rank that dies is noticed at once.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    if dist.get_rank() > 0:  # errors of this rank alone still go to sys.__stderr__
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    return device
+
+
+def from_first_rank(value, device):
+    """The value that rank 0 passed, on every rank; it must have a form in JSON."""
+    if not dist.is_initialized():
+        return value
+    data = torch.tensor(list(json.dumps(value).encode()), device=device)
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, src=0)
+    data = data if dist.get_rank() == 0 else data.new_empty(int(size))
+    dist.broadcast(data, src=0)
+    return json.loads(bytes(data.tolist()))
+
+
+def load_together(directory, dtype, device):
+    """`load` on every rank. If it fails on one of them, all of them end."""
+    error = None
+    try:
+        loaded = load(directory, dtype, device)
+    except ValueError as problem:
+        error = problem
+    if not dist.is_initialized():
+        if error:
+            raise error
+        return loaded
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    failed = torch.tensor(rank if error else ranks, device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MIN)
+    if failed == rank:
+        print(f"generate.py: {error}", file=sys.__stderr__)
+    if failed < ranks:
+        sys.exit(1)
+    return loaded
+
+
 # ------------------------------------------------------------------ the command line
 
 
@@ -459,15 +575,24 @@ def parse_arguments(argv):
     return args
 
 
-def read_prompts(args):
-    """The texts to continue: those of --prompt, or all of standard input."""
-    if "prompt" in args:
-        return args.prompt
+def read_prompt():
+    """All of standard input as a list of one text; other ranks than the first get an empty text."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return [""]
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}") from None
     return [text.replace("\r\n", "\n").removesuffix("\n")]
+
+
+def read_line(prompt, device):
+    """The next line of standard input, read by the first rank, or None at its end."""
+    line = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with contextlib.suppress(EOFError):
+            line = input(prompt)
+    return from_first_rank(line, device)
 
 
 class Timer:
@@ -509,14 +634,15 @@ def run(args):
         check_integer("--seed", args.seed)
     if "" in args.stop:
         raise ValueError("--stop needs a string that is not empty")
+    args.device = join_ranks(args.device)
     embedded = args.model.resolve() == TINY
     dtype = DTYPES[args.dtype] if "dtype" in args else torch.float32 if embedded else None
-    tokenizer, model = load(args.model, dtype, args.device)
+    tokenizer, model = load_together(args.model, dtype, args.device)
     if args.chat and embedded:
         print("[the embedded model was not trained to chat; it tells stories]", file=sys.stderr)
     if args.chat and "prompt" not in args:
         return converse(args, tokenizer, model)
-    texts = read_prompts(args)
+    texts = from_first_rank(args.prompt if "prompt" in args else read_prompt(), args.device)
     prompts = [tokenizer.encode_chat(chat_messages(args.system, text)) if args.chat
                else tokenizer.encode(text) for text in texts]
     return complete(args, tokenizer, model, texts, prompts)
@@ -578,13 +704,13 @@ def converse(args, tokenizer, model):
     chat = Chat(model, tokenizer, args.system, **options)
     while True:
         try:
-            line = input("> " if terminal else "")
-        except EOFError:
-            show("\n" if terminal else "")
-            return 0
+            line = read_line("> " if terminal else "", args.device)
         except KeyboardInterrupt:
             show("\n")
             continue
+        if line is None:
+            show("\n" if terminal else "")
+            return 0
         command, _, rest = line.strip().partition(" ")
         if command == "/exit":
             return 0
@@ -623,7 +749,10 @@ def main(argv=None):
         return "generate.py: standard input and standard output must be open"
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return run(args)
+        code = run(args)
+        if dist.is_initialized():
+            dist.barrier()  # no rank ends while another one still receives from it
+        return code
     except OSError as error:
         if error.filename is None:  # Python flushes standard output at exit: do not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -633,6 +762,12 @@ def main(argv=None):
               file=sys.stderr)
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"generate.py: rank {dist.get_rank()} stops because another rank has ended "
+              f"({reason:.100})", file=sys.__stderr__)
     except KeyboardInterrupt:
         return 130
     return 1

@@ -19,14 +19,14 @@ The vocabulary is a list of pieces, and the index of a piece is its id. There ar
 
 v1, v2 and v3 are the versions of Mistral's tokenizer.model; Mixtral 8x7B has v1.
 
-Encoding takes nearly linear time. A text is first cut into words, at places where no piece can
-reach across, and the ids of short words are remembered.
+Encoding takes nearly linear time. A text is first split into words, at places that no merge can
+cross, and the ids of short words are remembered.
 
-sentencepiece parses the model file. At every load its encoder and decoder also process a sample
-text, and a model for which this file gives another result is refused.
+sentencepiece parses the model file. At every load it also encodes and decodes a sample text, and a
+model is refused if the results differ from those of this file.
 
-Not included: training, unigram models, and normalisers other than the identity. sentencepiece has
-all of them.
+Not included, but available in sentencepiece: training, unigram models, and normalisers other than
+the identity.
 """
 
 import codecs
@@ -39,7 +39,7 @@ import sentencepiece
 
 SPACE = "▁"  # U+2581, which stands for a space inside pieces
 MAX_MODEL_BYTES = 1 << 26  # the models of Mixtral have less than 1 MB
-RUN_OF_SPACES_SCORE = -1e9  # Mistral's models give all runs of spaces this score
+RUN_OF_SPACES_SCORE = -1e9  # in Mistral's models, every piece that consists of ▁ has this score
 
 
 def merge(word, scores):
@@ -50,12 +50,12 @@ def merge(word, scores):
     >>> merge("abcab", {"bc": -0.0, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
     """
-    heap = []  # pairs of neighbours as (-score, start of the left, border, end of the right symbol)
-    end_of = [*range(1, len(word) + 1), 0]  # the symbol that starts at s is word[s:end_of[s]]
-    start_of = [len(word), *range(len(word))]  # the symbol before e is word[start_of[e]:e]
+    heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by rank
+    end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
+    start_of = [len(word), *range(len(word))]  # from the end of each symbol to its start
 
     def push(start, middle, end):
-        if (union := word[start:end]) in scores:  # beyond the ends of the word it is empty
+        if (union := word[start:end]) in scores:  # empty if there is no such neighbour
             heapq.heappush(heap, (-scores[union], start, middle, end))
 
     for start in range(len(word) - 1):
@@ -88,7 +88,7 @@ def connected_characters(start, pieces):
 
 
 class WordIds(dict):
-    """Maps a word to its ids. Short words are remembered, until there are `max_words` of them."""
+    """The ids of each word. Those of short words are remembered, at most `max_words` at a time."""
 
     def __init__(self, tokenizer, max_words=1 << 16, max_length=32):
         super().__init__()
@@ -109,10 +109,11 @@ class WordIds(dict):
 
 
 def parse_model(path):
-    """sentencepiece's view of a model file. Raises OSError, RuntimeError or ValueError."""
+    """Load a model file into sentencepiece. Raises OSError, RuntimeError or ValueError."""
     size = path.stat().st_size
-    if not path.is_file() or size > MAX_MODEL_BYTES:  # a device or a pipe might never end
+    if not path.is_file() or size > MAX_MODEL_BYTES:  # reading a device or a pipe might never end
         raise ValueError(f"wanted a regular file of at most {MAX_MODEL_BYTES} bytes")
+    sentencepiece.set_min_log_level(2)  # without this, damaged files print warnings to stderr
     model = sentencepiece.SentencePieceProcessor()
     model.load_from_serialized_proto(path.read_bytes())
     return model
@@ -122,15 +123,15 @@ class Tokenizer:
     """Text to ids and back, from a tokenizer.model file or the directory that holds it.
 
     Raises ValueError if the file is missing or damaged, or is not a byte-fallback BPE model with
-    the identity normaliser. Every Mistral tokenizer.model of v1 to v3 is one.
+    the identity normaliser. All versions of Mistral's tokenizer.model are.
 
     vocab_size               the number of pieces
     bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>
-    pieces                   the piece of each id
-    ids, scores              by piece: the ids of ordinary and user-defined pieces; the scores of
-                             ordinary ones
-    byte_ids                 the id of each of the 256 bytes
-    control, control_ids     the set of control ids; the same by piece
+    pieces                   a list with the piece of each id
+    ids                      a dict with the id of each ordinary or user-defined piece
+    scores                   a dict with the score of each ordinary piece
+    byte_ids                 a list with the id of each of the 256 bytes
+    control, control_ids     the set of control ids, and a dict with the id of each control piece
     """
 
     def __init__(self, path):
@@ -139,7 +140,7 @@ class Tokenizer:
             model = parse_model(path)
             self._read_pieces(model)
             self._check_pieces(model)
-            self._prepare_cutting()
+            self._prepare_words()
             self._compare_with(model)
         except (OSError, RuntimeError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             reason = getattr(error, "strerror", None) or str(error)
@@ -158,7 +159,7 @@ class Tokenizer:
         self.byte_ids = sorted(self.byte_of, key=self.byte_of.get)
         special = {self.unk_id, *self.control, *self.byte_of}
         self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in special}
-        # Mistral's models and sentencepiece's trainer put the ordinary pieces after all others.
+        # In Mistral's models, as in all that sentencepiece trains, ordinary pieces come last.
         self.first_ordinary = max(special) + 1
         self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()
                        if i >= self.first_ordinary}
@@ -172,20 +173,21 @@ class Tokenizer:
             "256 byte pieces": len(self.byte_ids) == 256,
             "control pieces <s> and </s>": self.bos_id != self.eos_id
             and {self.bos_id, self.eos_id} <= self.control,
-            "[INST] and [/INST] to come together": len(self.inst_ids) != 1,
+            "both [INST] and [/INST] or neither": len(self.inst_ids) != 1,
             "ordinary pieces in the order of their merges, with minus the rank as score": ranked,
-            "no piece with a space after another character":
-                not any(SPACE in piece.lstrip(SPACE) for piece in self.ids),
+            "no ordinary piece with a ▁ after another character":
+                not any(SPACE in piece.lstrip(SPACE) for piece in self.scores),
             "no unused piece": not any(map(model.is_unused, range(self.vocab_size)))}
         for what, holds in satisfied.items():
             if not holds:
-                raise ValueError(f"wanted a byte-fallback BPE as Mistral's, with {what}")
+                raise ValueError(f"wanted a byte-fallback BPE model like Mistral's, with {what}")
 
-    def _prepare_cutting(self):
-        """Prepare the regular expressions that cut a text into independent parts.
+    def _prepare_words(self):
+        """Prepare the regular expressions that split a text into user-defined pieces and words.
 
-        No piece has a letter beside a character that is not one, or a ▁ after another character.
-        So no merge reaches across such a place, and the two sides can be encoded separately.
+        A word is a run of letters or a run of other characters, with the ▁ in front of it. No piece
+        has a letter next to a character that is not a letter, and none has a ▁ after another
+        character. Therefore no merge joins two words, and each can be encoded by itself.
         """
         either = "|".join(map(re.escape, self.user_defined)) or "(?!)"  # (?!) matches nothing
         self.user_defined_pattern = re.compile(f"({either})")
@@ -195,33 +197,34 @@ class Tokenizer:
         self.word_ids = WordIds(self)
 
     def _compare_with(self, model):
-        """Raise ValueError if a sample text or its ids give another result in sentencepiece."""
+        """Raise ValueError if sentencepiece encodes or decodes a sample text differently."""
+        # The spaces, the ligature and the tab reveal other normalisers, the pieces other models.
         common = "".join(self.pieces[self.first_ordinary:][:300])
         text = "  Aﬁ\t " + " ".join(self.user_defined) + common + "".join(self.pieces[-100:])
         ids = self.encode(text)
         if model.encode(text) != ids[1:]:
-            raise ValueError("wanted BPE, the identity normaliser, a dummy prefix and all white "
-                             "space kept; sentencepiece encodes a sample text otherwise")
+            raise ValueError("wanted BPE with the identity normaliser, a dummy prefix and all "
+                             "spaces kept, but sentencepiece encodes a sample text differently")
         ids += [*range(self.first_ordinary), self.byte_ids[0xF0]]
         if model.decode(ids) != self.decode(ids):
-            raise ValueError("sentencepiece decodes the ids of a sample text otherwise")
+            raise ValueError("sentencepiece decodes the ids of a sample text differently")
 
     def encode(self, text, bos=True, eos=False):
         """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
 
-        Raises ValueError if the text is not a str or holds a lone surrogate.
+        Raises ValueError if the text is not a str or has a lone surrogate.
         """
         if not isinstance(text, str):
             raise ValueError(f"text must be a str, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"text holds a lone surrogate at character {error.start}, which is "
-                             "not Unicode text; decode the bytes that it came from") from None
+            raise ValueError(f"text has a lone surrogate at character {error.start}, which is not "
+                             "Unicode text; decode the original bytes as UTF-8") from None
         ids = [self.bos_id] if bos else []
         text = text and SPACE + text.replace(" ", SPACE)  # an empty text has no ids
         for n, part in enumerate(self.user_defined_pattern.split(text)):
-            if n % 2:  # split puts the matches of the group at the odd places
+            if n % 2:  # re.split returns text and matches of the group in turn
                 ids.append(self.ids[part])
             else:
                 words = self.word_pattern.findall(part)
@@ -233,13 +236,14 @@ class Tokenizer:
 
             <s> [INST] user [/INST] assistant </s> [INST] user [/INST]
 
-        `messages` is a list of {"role": ..., "content": ...}: perhaps a "system" message, then
+        `messages` is a list of {"role": ..., "content": ...}: an optional "system" message, then
         "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
         the list of ids that it generated, since these can differ from the ids of their text.
 
         In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
-        the first user text. In v2 and v3 they are control ids, and the system text is put before
-        the last user text. Raises ValueError for any other `messages`.
+        the first user text. One user message "a" gives 1 733 16289 28793 264 733 28748 16289 28793.
+        In v2 and v3 they are control ids, and the system text is put before the last user text.
+        Raises ValueError for any other `messages`.
         """
         system, turns = self._check_messages(messages)
         system_turn = len(turns) - 1 if self.inst_ids else 0
@@ -287,8 +291,9 @@ class Tokenizer:
             raise ValueError(f"{where} must have the keys 'role' and 'content', got {keys:.80}")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ("system", "user", "assistant"):
+            got = ascii(role) if isinstance(role, str) else type(role).__name__
             raise ValueError(f"{where}: role must be 'system', 'user' or 'assistant', "
-                             f"got {ascii(role) if isinstance(role, str) else type(role).__name__}")
+                             f"got {got:.40}")
         if role == "assistant" and isinstance(content, list):
             for i in content:
                 self.check_id(i)

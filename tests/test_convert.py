@@ -63,10 +63,13 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
-@pytest.mark.parametrize("changes", [{}, {
+@pytest.mark.parametrize("read_size, changes", [(convert.READ_SIZE, {}), (400, {
     "sliding_window": None, "rope_theta": 1e6, "num_local_experts": 5, "num_experts_per_tok": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10, "vocab_size": 41}])
-def test_every_layout_gives_the_same_float64_logits(write, changes, tmp_path, out):
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10, "vocab_size": 41})],
+    ids=["one piece", "many pieces"])
+def test_every_layout_gives_the_same_float64_logits(
+        write, read_size, changes, tmp_path, out, monkeypatch):
+    monkeypatch.setattr(convert, "READ_SIZE", read_size)
     model = random_model(**changes)
     assert run(write(model, tmp_path / "raw"), out, "--max-shard-size", "9KB") == 0
     converted = Mixtral.from_pretrained(out)

@@ -1,150 +1,289 @@
-"""The shape lines of the docstrings are true: each is read and checked against real runs.
+"""Every documented shape holds in real runs, in which all letters have different sizes.
 
-A shape line holds shapes on both sides of `->`, each perhaps behind its argument's name. Letters
-are those of the key at the top of mixtral.py, with one size each throughout a run in which all
-sizes differ; `...` is any axes, the same throughout its line; d/2 is arithmetic.
+Shapes are documented in three ways. A shape line in a docstring gives what goes in and what comes
+out, by parameter name or for the first parameters in order; a class means its `forward`. A line
+without an arrow gives the fields of a class. A comment at the end of an assignment gives the
+targets. To check the comments, the modules run with a call of `check` after each such assignment.
+
+The letters are those of the table at the top of mixtral.py. `...` stands for any axes, the same
+throughout a line.
 """
 
+import ast
+import functools
 import inspect
+import io
 import re
-from types import SimpleNamespace
+import sys
+import tokenize
+import types
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
 from torch import Tensor
 
-import generate
-import mixtral
-from mixtral import MixtralConfig
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [ROOT / "mixtral.py", ROOT / "convert.py", ROOT / "generate.py",
+         ROOT / "tests" / "layouts.py", ROOT / "tests" / "oracle" / "trace.py"]
 
-SHAPE = r"(?:[a-z]\w* )?\(((?:[\w/]+|\.\.\.)?(?:, (?:[\w/]+|\.\.\.))*)\)"
-LINE = re.compile(rf"^\s*({SHAPE}(?:, {SHAPE})*) -> ({SHAPE}(?:, {SHAPE})*)$", re.M)
-KEY = re.compile(r"^ {4}(\w) {7}(\S.*?)  +(-|[a-z_]+) +(.*)$", re.M)
+ITEM = r"(?:[A-Za-z]|\d+)"
+AXIS = rf"(?:\.\.\.|{ITEM}(?:[·/]{ITEM})*)"
+SHAPE = rf"\((?:{AXIS}(?:, {AXIS})*)?\)"
+ENTRY = rf"(?:[A-Za-z_]\w* )?{SHAPE}"
+LINE = re.compile(rf"^ *({ENTRY}(?:, {ENTRY})*) -> ({ENTRY}(?:, {ENTRY})*)$", re.M)
+FIELDS = re.compile(rf"^ *(\w+ {SHAPE}(?:, \w+ {SHAPE})*)$", re.M)
+COMMENT = re.compile(rf"# ({SHAPE}(?:, {SHAPE})*)")
+LOOSE = re.compile(rf"(?<![\w.·(])(?<!// )\((?=[^)]*[A-Z])(?:{AXIS}(?:, {AXIS})*)\)")
+ROW = re.compile(r"^ {4}(\w) {7}(\S.*?)  +(-|[a-z_]+)  +(\S+)$", re.M)
 
-
-def shapes(text):
-    return [axes.split(", ") if axes else [] for axes in re.findall(SHAPE, text)]
-
-
-def line_of(thing):
-    """Shapes in and out that a docstring claims, or None."""
-    found = LINE.search(thing.__doc__ or "")
-    if not found:
-        return None
-    left, right = re.split(" -> ", found.group(0).strip())
-    return shapes(left), shapes(right)
-
-
-def unify(claimed, actual, sizes):
-    """Bind the letters of one shape to the sizes of a tensor. AssertionError where they differ."""
-    if "..." in claimed:
-        at = claimed.index("...")
-        width = len(actual) - len(claimed) + 1
-        assert width >= 0, (claimed, actual)
-        assert sizes.setdefault("...", tuple(actual[at:at + width])) == tuple(actual[at:at + width])
-        claimed = claimed[:at] + claimed[at + 1:]
-        actual = [*actual[:at], *actual[at + width:]]
-    assert len(claimed) == len(actual), (claimed, actual)
-    for letter, size in zip(claimed, actual, strict=True):
-        name, _, divisor = letter.partition("/")
-        assert sizes.setdefault(name, size * int(divisor or 1)) == size * int(divisor or 1), (
-            letter, size, sizes)
+# One size for each letter, all different. R, the tokens of one expert, differs between experts.
+SIZES = {"B": 2, "S": 3, "T": 12, "N": 6, "V": 37, "D": 48, "L": 4, "H": 10, "K": 5, "d": 14,
+         "W": 11, "C": 13, "E": 9, "A": 8, "M": 26, "G": 16}
+OF_A_CALL = "STN"  # these letters can differ from call to call
+FREE = {"rotate": "H"}  # the keys, which have K heads, are rotated too
 
 
-def check(line, inputs, outputs, known):
-    """Hold one call against its line; letters that `known` lacks are free for this call alone."""
-    sizes = dict(known)
-    inputs, outputs = ([x for x in values if isinstance(x, Tensor)] for values in (inputs, outputs))
-    for claimed, tensors in zip(line, (inputs, outputs), strict=True):
-        assert len(claimed) == len(tensors), (claimed, [x.shape for x in tensors])
-        for shape, tensor in zip(claimed, tensors, strict=True):
-            unify(shape, list(tensor.shape), sizes)
+def entries(text):
+    """The names (None if there is none) and axes of the shapes in a text."""
+    found = re.findall(rf"(?:([A-Za-z_]\w*) )?\(((?:{AXIS}(?:, {AXIS})*)?)\)", text)
+    return [(name or None, axes.split(", ") if axes else []) for name, axes in found]
 
 
-def claims(module):
-    """Name, owner and shape line of each function, method and class of a module that has one."""
+def size_of(axis, sizes):
+    """The size of an axis such as `H·d`, or None if one of its letters has no size yet."""
+    size = 1
+    for operator, item in re.findall(r"([·/]?)(\w+)", axis):
+        value = int(item) if item.isdecimal() else sizes.get(item)
+        if value is None:
+            return None
+        assert operator != "/" or size % value == 0, (axis, sizes)
+        size = size // value if operator == "/" else size * value
+    return size
+
+
+def unify(axes, shape, sizes):
+    """Compare one documented shape with a real one; a letter without a size gets one."""
+    axes, shape = list(axes), tuple(shape)
+    if "..." in axes:
+        at, width = axes.index("..."), len(shape) - len(axes) + 1
+        assert width >= 0, (axes, shape)
+        middle = shape[at:at + width]
+        assert sizes.setdefault("...", middle) == middle, (axes, shape, sizes)
+        axes, shape = axes[:at] + axes[at + 1:], shape[:at] + shape[at + width:]
+    assert len(axes) == len(shape), (axes, shape)
+    for axis, size in zip(axes, shape, strict=True):
+        known = size_of(axis, sizes)
+        if known is None:
+            assert axis in sizes or len(axis) == 1, f"{axis} cannot be computed"
+            sizes[axis] = known = size
+        assert known == size, (axis, shape, sizes)
+
+
+def unify_all(claimed, tensors, sizes):
+    """Compare shapes with tensors: one each, or one shape for all tensors."""
+    tensors = [x for x in tensors if isinstance(x, Tensor)]
+    if len(claimed) == 1 < len(tensors):
+        claimed = claimed * len(tensors)
+    assert len(claimed) == len(tensors), (claimed, [x.shape for x in tensors])
+    for (_, axes), tensor in zip(claimed, tensors, strict=True):
+        unify(axes, tensor.shape, sizes)
+
+
+# ---------------------------------------------------------------- modules that check themselves
+
+
+def comment_shapes(source):
+    """The shapes in comments, by line number. A comment with a shape must hold nothing else."""
+    found = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and LOOSE.search(token.string):
+            match = COMMENT.fullmatch(token.string)
+            assert match, f"line {token.start[0]}: a comment with a shape holds only shapes"
+            found[token.start[0]] = entries(match[1])
+    return found
+
+
+def with_checks(source):
+    """The syntax tree of a module, in which a call of `check` follows each commented assignment."""
+    tree, comments, placed = ast.parse(source), comment_shapes(source), set()
+    for node in ast.walk(tree):
+        for body in (getattr(node, field, None) for field in ("body", "orelse")):
+            if not isinstance(body, list):
+                continue
+            for n, statement in reversed(list(enumerate(body))):
+                if isinstance(statement, ast.Assign) and statement.end_lineno in comments:
+                    target, line = ast.unparse(statement.targets[0]), statement.end_lineno
+                    body.insert(n + 1, ast.parse(f"check_shapes({line}, ({target},))").body[0])
+                    placed.add(line)
+    assert placed == set(comments), f"lines {set(comments) - placed}: no assignment ends there"
+    return ast.fix_missing_locations(tree)
+
+
+def load_with_checks(path, sizes, seen, monkeypatch):
+    """Import a module from its file; its comments are compared with `sizes` while it runs."""
+    source = path.read_text(encoding="utf-8")
+    comments = comment_shapes(source)
+
+    def check_shapes(line, values):
+        values = [x for value in values for x in (value if isinstance(value, tuple) else [value])]
+        unify_all(comments[line], values, dict(sizes))
+        seen.add((path.stem, line))
+
+    module = types.ModuleType(path.stem)
+    module.__dict__.update(__file__=str(path), check_shapes=check_shapes)
+    monkeypatch.setitem(sys.modules, path.stem, module)
+    exec(compile(with_checks(source), str(path), "exec"), module.__dict__)
+    return module
+
+
+# ---------------------------------------------------------------- docstrings
+
+
+def documented(module):
+    """Name, owner and object of each function, class and method of a module with a docstring."""
     for name, thing in vars(module).items():
         if getattr(thing, "__module__", None) != module.__name__:
             continue
         members = [(name, module, thing)]
         if inspect.isclass(thing):
-            members += [(f"{name}.{n}", thing, m) for n, m in vars(thing).items()
-                        if inspect.isfunction(m)]
-        for full, owner, member in members:
-            if line_of(member):
-                yield full, owner, member
+            members += [(f"{name}.{n}", thing, getattr(m, "fget", m)) for n, m in
+                        vars(thing).items() if inspect.isfunction(getattr(m, "fget", m))]
+        yield from (member for member in members if isinstance(member[2].__doc__, str))
 
 
-def test_every_letter_of_a_shape_line_is_in_the_key_once_with_8x7bs_size():
-    rows = KEY.findall(mixtral.__doc__)
-    letters = [row[0] for row in rows]
-    assert len(letters) == len(set(letters)) == 15
-    for letter, _, field, value in rows:
-        if field != "-":
-            wanted = getattr(MixtralConfig(), field)
-            assert value.strip() == ("null: no end" if wanted is None else str(wanted)), letter
-    used = {axis.partition("/")[0] for module in (mixtral, generate)
-            for _, _, thing in claims(module) for side in line_of(thing)
-            for shape in side for axis in shape}
-    assert used - {"..."} <= set(letters)
+def lines(module):
+    """Name, owner, object and shape line (inputs, outputs) of all that has one."""
+    for name, owner, thing in documented(module):
+        if match := LINE.search(thing.__doc__):
+            yield name, owner, thing, tuple(map(entries, match.groups()))
 
 
-def watched(monkeypatch, module, seen, known):
-    """Wrap all that has a shape line so that each call is checked as it happens."""
-    for name, owner, thing in list(claims(module)):
+def check_call(line, signature, args, options, output, sizes):
+    """Compare one call with a shape line."""
+    sizes, (inputs, outputs) = dict(sizes), line
+    bound = signature.bind(*args, **options).arguments
+    if inputs[0][0] is None:
+        tensors = [x for x in bound.values() if isinstance(x, Tensor)][:len(inputs)]
+    else:
+        tensors = [bound[name] for name, _ in inputs]
+    unify_all(inputs, tensors, sizes)
+    unify_all(outputs, output if isinstance(output, tuple) else (output,), sizes)
+
+
+def wrap(module, sizes, seen, monkeypatch):
+    """Replace all that has a shape line, so that each call is checked when it returns."""
+    for name, owner, thing, line in list(lines(module)):
         attribute = "forward" if inspect.isclass(thing) else thing.__name__
         target = thing if inspect.isclass(thing) else owner
+        real = vars(target)[attribute]
 
-        wrapped = checked(vars(target)[attribute], line_of(thing), known, name, seen)
+        wrapped = checked(real, line, name, sizes, lambda name=name: seen.add((module.__name__, name)))
         monkeypatch.setattr(target, attribute, wrapped)
 
 
-def checked(real, line, known, name, seen):
+def checked(real, line, name, sizes, report):
+    """A function that does what `real` does and compares each call with its shape line."""
+    @functools.wraps(real)
     def wrapper(*args, **options):
-        out = real(*args, **options)
-        check(line, args, out if isinstance(out, tuple) else (out,), known)
-        seen.add(name)
-        return out
+        output = real(*args, **options)
+        known = {letter: size for letter, size in sizes.items() if letter not in FREE.get(name, "")}
+        check_call(line, inspect.signature(real), args, options, output, known)
+        report()
+        return output
 
     return wrapper
 
 
-SIZES = {"vocab_size": 37, "hidden_size": 22, "intermediate_size": 26, "num_hidden_layers": 3,
-         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 10, "sliding_window": 6,
-         "num_local_experts": 9, "num_experts_per_tok": 5}
-FIELDS = {"V": "vocab_size", "D": "hidden_size", "F": "intermediate_size", "L": "num_hidden_layers",
-          "H": "num_attention_heads", "K": "num_key_value_heads", "d": "head_dim",
-          "W": "sliding_window", "E": "num_local_experts", "k": "num_experts_per_tok"}
+def check_fields(module, name, instance, sizes, seen):
+    """Compare an object with the line of its class that gives the shapes of its fields."""
+    for field, axes in entries(FIELDS.search(vars(module)[name].__doc__)[1]):
+        unify(axes, getattr(instance, field).shape, dict(sizes))
+    seen.add((module.__name__, name))
 
 
-def test_every_shape_line_holds_in_real_runs_of_distinct_sizes(monkeypatch):
-    assert {row[0]: row[2] for row in KEY.findall(mixtral.__doc__) if row[2] != "-"} == FIELDS
-    wanted = {name for module in (mixtral, generate) for name, _, thing in claims(module)}
-    model, seen = random_model(**SIZES), set()
-    known = {letter: SIZES[field] for letter, field in FIELDS.items()} | {"B": 2}
-    assert len(set(known.values())) == len(known)
-    watched(monkeypatch, mixtral, seen, known)
-    watched(monkeypatch, generate, seen, known)
-    with torch.inference_mode():
-        model(torch.zeros(2, 7, dtype=torch.int64))
-        cache = model.new_cache(2, 40, chunk=7)
-        for S in (7, 1, 7, 3):
-            model(torch.zeros(2, S, dtype=torch.int64), cache)
-        assert cache.keys.shape == (3, 2, 4, 12, 10) and cache.lengths.shape == (2,)
-        generate.sample(torch.zeros(2, 37), 1.0)
-    assert seen == wanted and len(wanted) >= 14
+def prose_shapes(module):
+    """The shapes in sentences of docstrings, outside of shape lines: {(name, shape)}."""
+    found = set()
+    for name, _, thing in documented(module):
+        text = FIELDS.sub("", LINE.sub("", thing.__doc__))
+        found |= {(name, match[0]) for match in LOOSE.finditer(text)}
+    return found
 
 
-@pytest.mark.parametrize("wrong", [
-    "queries (B, S), keys (B, S) -> (B, S, T)", "queries (B, S), keys (B, T) -> (B, T, S)",
-    "queries (B, S, d), keys (B, T) -> (B, S, T)", "queries (B, S) -> (B, S, T)",
-    "queries (..., S), keys (..., T) -> (B, S, T/2)", "queries (D, S), keys (D, T) -> (B, S, T)"])
-def test_a_wrong_shape_line_would_be_noticed(wrong):
-    queries, keys = torch.zeros(2, 3), torch.zeros(2, 5)
-    result = (mixtral.visible(queries, keys, None),)
-    right = line_of(mixtral.visible)
-    check(right, (queries, keys), result, {"B": 2, "D": 22})
-    with pytest.raises(AssertionError):
-        check(line_of(SimpleNamespace(__doc__=wrong)), (queries, keys), result,
-              {"B": 2, "D": 22})
+# ---------------------------------------------------------------- the claims
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """The modules with their checks, the sizes to compare with, and what has been checked."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # trace.py extends it
+    sizes, seen = dict(SIZES), set()
+    modules = {path.stem: load_with_checks(path, sizes, seen, monkeypatch) for path in FILES}
+    for module in modules.values():
+        wrap(module, sizes, seen, monkeypatch)
+    return types.SimpleNamespace(**modules, modules=modules, sizes=sizes, seen=seen)
+
+
+def prepared_model(mixtral):
+    """A float64 model of the sizes above. In layer 0, w1 and w3 of the experts have 4 bits."""
+    torch.manual_seed(0)
+    fields = {letter: field for letter, _, field, _ in ROW.findall(mixtral.__doc__)}
+    config = mixtral.MixtralConfig(
+        **{fields[letter]: size for letter, size in SIZES.items() if fields[letter] != "-"})
+    model = mixtral.Mixtral(config)
+    for expert in model.model.layers[0].block_sparse_moe.experts:
+        for name in ("w1", "w3"):
+            layer = mixtral.Int4Linear(SIZES["D"], SIZES["M"], SIZES["G"])
+            layer.weight_packed.zero_()
+            layer.weight_scale.zero_()
+            setattr(expert, name, layer)
+    return model.double()
+
+
+def tokens_of(S):
+    return torch.zeros(SIZES["B"], S, dtype=torch.int64)
+
+
+def run_with_cache(run, model):
+    """Calls with a cache. In the last one that has no more calls to come, all sizes differ."""
+    cache = model.new_cache(SIZES["B"], 40, chunk=SIZES["C"] - SIZES["W"] + 1)
+    for letter in OF_A_CALL:
+        del run.sizes[letter]
+    for lengths in ([3, 1], [3, 0], [3, 3]):
+        model(tokens_of(3), cache, torch.tensor(lengths))
+    run.sizes.update(SIZES)
+    model(tokens_of(3), cache)
+    check_fields(run.mixtral, "Cache", cache, run.sizes, run.seen)
+    return cache
+
+
+def run_without_cache(run, model):
+    """One pass in which the keys are those of the call, so that T equals S."""
+    run.sizes["T"] = run.sizes["S"]
+    model(tokens_of(3))
+    last = type(model).forward.__wrapped__(model, tokens_of(3), last_only=True)
+    for name, x in run.trace.record(model, tokens_of(3), scores=True).items():
+        unify(run.trace.axes(name), x.shape, dict(run.sizes))
+    run.sizes.update(SIZES)
+    return last
+
+
+@torch.inference_mode()
+def test_every_documented_shape_holds_in_real_runs_of_different_sizes(run):
+    model = prepared_model(run.mixtral)
+    run_with_cache(run, model)
+    run_without_cache(run, model)
+    rows = torch.zeros(SIZES["H"] * SIZES["d"], SIZES["D"])
+    run.convert.regroup(rows, SIZES["H"], 2)
+    run.layouts.interleaved(rows, SIZES["H"])
+    run.sizes.update(S=1, N=2, T=1)
+    for letter in OF_A_CALL:
+        del run.sizes[letter]
+    run.generate.generate(model, [[1], [2]], 2, temperature=1.0)
+    documented_shapes = {
+        *((module.__name__, name) for module in run.modules.values()
+          for name, *_ in [*lines(module), *fields(module)]),
+        *((path.stem, line) for path in FILES
+          for line in comment_shapes(path.read_text(encoding="utf-8")))}
+    assert run.seen == documented_shapes and len(documented_shapes) > 30

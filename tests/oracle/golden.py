@@ -1,13 +1,9 @@
-"""Make the golden vectors beside this file: `python tests/oracle/golden.py [DIRECTORY]`.
+"""Make the golden files beside this file: `python tests/oracle/golden.py [DIRECTORY]`.
 
-A golden file is a trace as `generate.py --trace` writes it, and the weights that it was made of,
-under the names that end in `.weight`. All numbers come from tests/reference.py, plain Python floats
-without torch; weights are drawn by Python's own generator, so that a second run writes the same
-bytes up to the last bits of the machine's exp, cos and sin.
-
-The metadata hold, besides a trace's: `case`, what the file is about; `chunk`, in which size the
-prompt should be fed to a cache (0: at once, without one); `lengths`, the real tokens of each row;
-`weights_sha256`, over the weights' bytes in the order of their names.
+A golden file holds the weights of a small model, under names that end in `.weight`, and a trace of
+some tokens through it. All numbers come from tests/reference.py, which uses plain Python floats.
+This file needs no package, not even torch. The weights are drawn by Python's own generator, so a
+second run writes the same bytes, as far as the exp, cos and sin of the machine agree.
 """
 
 import hashlib
@@ -17,56 +13,77 @@ import random
 import struct
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+sys.path.insert(0, str(HERE.parent))
 
 import reference
+from reference import AXES, axes, word
 
 BASE = {"vocab_size": 29, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 8,
         "num_experts_per_tok": 2, "sliding_window": None, "rope_theta": 1e6, "rms_norm_eps": 1e-5}
+
+
+class Case(NamedTuple):
+    """What one golden file holds. `config` changes BASE; `lengths` has one number per row."""
+
+    about: str
+    config: dict
+    lengths: list
+    chunk: int = 0  # tokens per call to a port with a cache; 0 means one call without a cache
+    first_position: int = 0
+    weight_bytes: int = 8  # 8 for float64 weights, 2 for weights that bfloat16 can hold
+    tied_experts: tuple = ()  # experts whose router logits are equal for every token
+
+
 CASES = {
-    "plain": ("no window, two of eight experts, three query heads to a key head", {}, [14], 0, 8),
-    "window": ("a window of 5 under 14 tokens, rope_theta 100",
-               {"sliding_window": 5, "rope_theta": 100.0}, [14], 0, 8),
-    "one_expert": ("one expert of four, as many key heads as query heads",
-                   {"num_experts_per_tok": 1, "num_local_experts": 4, "num_key_value_heads": 6},
-                   [11], 0, 8),
-    "three_experts": ("three experts of five, one key head, wide heads, a large epsilon",
-                      {"num_experts_per_tok": 3, "num_local_experts": 5, "head_dim": 10,
-                       "num_key_value_heads": 1, "rms_norm_eps": 1e-2}, [11], 0, 8),
-    "ragged": ("rows of 9, 4 and 1 tokens in one batch, padded on the right",
-               {"sliding_window": 3}, [9, 4, 1], 0, 8),
-    "chunked": ("17 tokens through a rolling buffer, 4 at a time, window 5: two wraps",
-                {"sliding_window": 5}, [17], 4, 8),
-    "bfloat16": ("weights that bfloat16 holds; the trace is exact, float64",
-                 {"sliding_window": 5}, [14], 0, 2)}
-AXES_OF_ROWS = ("embed_tokens", "residual", "lm_head", "norm")  # of a ragged batch, with no axis N
+    "plain": Case("no window, two of eight experts, three query heads to a key head", {}, [14]),
+    "window": Case("a window of 5 under 14 tokens, rope_theta 100",
+                   {"sliding_window": 5, "rope_theta": 100.0}, [14]),
+    "one_expert": Case("one expert of four, as many key heads as query heads",
+                       {"num_experts_per_tok": 1, "num_local_experts": 4,
+                        "num_key_value_heads": 6}, [11]),
+    "three_experts": Case("three experts of five, one key head, wide heads, a large epsilon",
+                          {"num_experts_per_tok": 3, "num_local_experts": 5, "head_dim": 10,
+                           "num_key_value_heads": 1, "rms_norm_eps": 1e-2}, [11]),
+    "ragged": Case("rows of 9, 4 and 1 tokens in one batch, padded on the right",
+                   {"sliding_window": 3}, [9, 4, 1]),
+    "chunked": Case("17 tokens through a rolling buffer, 4 at a time, window 5: two wraps",
+                    {"sliding_window": 5}, [17], chunk=4),
+    "bfloat16": Case("weights that bfloat16 holds; the trace is exact, float64",
+                     {"sliding_window": 5}, [14], weight_bytes=2),
+    "tied": Case("the router logits of experts 1, 4 and 6 are equal for every token",
+                 {}, [14], tied_experts=(1, 4, 6)),
+    "far": Case("positions 32,750 to 32,761, rope_theta 10,000, heads of 32 features",
+                {"rope_theta": 1e4, "head_dim": 32, "num_attention_heads": 2,
+                 "num_key_value_heads": 1}, [12], first_position=32750)}
 
 
 def shapes(c):
-    """The names and shapes of a checkpoint's tensors."""
-    D, F, d, E = (c[f] for f in ("hidden_size", "intermediate_size", "head_dim",
-                                 "num_local_experts"))
-    H, K = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+    """The names and shapes of the tensors of a checkpoint."""
+    D, M, d, E = (c[field] for field in ("hidden_size", "intermediate_size", "head_dim",
+                                         "num_local_experts"))
+    queries, keys = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
     yield "model.embed_tokens", (c["vocab_size"], D)
     for n in range(c["num_hidden_layers"]):
         at = f"model.layers.{n}."
-        for name, shape in (("q", (H, D)), ("k", (K, D)), ("v", (K, D)), ("o", (D, H))):
+        for name, shape in (("q", (queries, D)), ("k", (keys, D)), ("v", (keys, D)),
+                            ("o", (D, queries))):
             yield f"{at}self_attn.{name}_proj", shape
         yield at + "input_layernorm", (D,)
         yield at + "post_attention_layernorm", (D,)
         yield at + "block_sparse_moe.gate", (E, D)
         for e in range(E):
-            for name, shape in (("w1", (F, D)), ("w2", (D, F)), ("w3", (F, D))):
+            for name, shape in (("w1", (M, D)), ("w2", (D, M)), ("w3", (M, D))):
                 yield f"{at}block_sparse_moe.experts.{e}.{name}", shape
     yield "model.norm", (D,)
     yield "lm_head", (c["vocab_size"], D)
 
 
 def rounded(x, size):
-    """The nearest bfloat16 where size is 2, ties to even; else the number itself."""
+    """The nearest number of `size` bytes: float64, or bfloat16 with ties to even."""
     if size == 8:
         return x
     [bits] = struct.unpack("<I", struct.pack("<f", x))
@@ -75,7 +92,7 @@ def rounded(x, size):
 
 
 def drawn(config, seed, size):
-    """Weights large enough for every term to matter, as nested lists by name."""
+    """Weights so large that every term of the forward pass matters, as nested lists by name."""
     draw, weights = random.Random(seed), {}
     for name, shape in shapes(config):
         scale = shape[-1] ** -0.5
@@ -85,16 +102,30 @@ def drawn(config, seed, size):
     return weights
 
 
+def tie(weights, experts):
+    """Give some experts the same router row, in every layer.
+
+    The row has a single number that is not zero, so that the logits are equal whatever the order in
+    which a port adds the products.
+    """
+    for name, rows in weights.items():
+        if name.endswith("gate.weight"):
+            for e in experts:
+                rows[e] = [2.0] + [0.0] * (len(rows[e]) - 1)
+
+
 def shape_of(nested):
+    """The lengths of a nested list, outermost first."""
     return [len(nested), *shape_of(nested[0])] if isinstance(nested, list) else []
 
 
 def flat(nested):
+    """The numbers of a nested list in one list."""
     return [x for part in nested for x in flat(part)] if isinstance(nested, list) else [nested]
 
 
 def packed(nested, size):
-    """Dtype, shape and bytes of a nested list: whole numbers as int64, else float64 or bfloat16."""
+    """Dtype, shape and bytes of a nested list: integers as int64, else float64 or bfloat16."""
     numbers = flat(nested)
     if isinstance(numbers[0], int):
         dtype, data = "I64", struct.pack(f"<{len(numbers)}q", *numbers)
@@ -107,7 +138,7 @@ def packed(nested, size):
 
 
 def safetensors(tensors, metadata):
-    """The format is this: the header's length in 8 bytes, the header as JSON, all numbers."""
+    """The bytes of a file: the length of the header in 8 bytes, the header as JSON, the numbers."""
     header, end = {"__metadata__": metadata}, 0
     for name, (dtype, shape, data) in tensors.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
@@ -117,43 +148,68 @@ def safetensors(tensors, metadata):
     return len(text).to_bytes(8, "little") + text + b"".join(x[2] for x in tensors.values())
 
 
-def batch(config, weights, rows):
-    """The trace of a batch: with B = 1 all of it, else what has the axes B and S, padded with 0."""
-    traces = [reference.trace(config, weights, row) for row in rows]
-    if len(rows) == 1:
-        no_rows = ("gate", "margin", "weights", "chosen", "tokens", "w1", "w2", "w3", "hidden")
-        return {name: x if name.rpartition(".")[2] in no_rows else [x]
-                for name, x in traces[0].items()}
-    S = max(map(len, rows))
-    return {name: [x[name] + [[0.0] * len(x[name][0])] * (S - len(x[name])) for x in traces]
-            for name in traces[0]
-            if name.endswith(AXES_OF_ROWS) or name.rpartition(".")[2].isdecimal()}
+def place(name):
+    """Sorts the names of a trace in the order of computation."""
+    order, parts = list(AXES), name.split(".")
+    layer = int(parts[2]) if "layers" in parts else -1 if "embed" in name else math.inf
+    expert = int(parts[parts.index("experts") + 1]) if "experts" in parts else -1
+    rank = order.index(word(name))
+    return layer, order.index("tokens") if expert >= 0 else rank, expert, rank
 
 
-def golden(case):
+def filled(example, filler):
+    """A nested list in the shape of another one, with the same number everywhere."""
+    return [filled(x, filler) for x in example] if isinstance(example, list) else filler
+
+
+def padded(name, x, S):
+    """A quantity of one row of tokens, extended with padding to S tokens."""
+    if "T" not in axes(name):  # the first axis counts tokens
+        return x + [filled(x[0], -1 if word(name) == "chosen" else 0.0)] * (S - len(x))
+    missing = S - len(x[0])  # the axes are heads, queries and keys
+    unseen = -math.inf if word(name) == "scores" else 0.0
+    return [[row + [unseen] * missing for row in head] + [[0.0] * S] * missing for head in x]
+
+
+def joined(name, rows, S):
+    """A quantity of a batch from that of its rows; None stands for an expert without tokens."""
+    if axes(name)[0] == "R":
+        offset = S if word(name) == "tokens" else 0
+        return [x + n * offset if offset else x for n, row in enumerate(rows) for x in row or []]
+    rows = [padded(name, row, S) for row in rows]
+    return rows if axes(name)[0] == "B" else [x for row in rows for x in row]
+
+
+def batch(config, weights, rows, first_position):
+    """The trace of a batch of rows of tokens, padded on the right."""
+    traces = [reference.trace(config, weights, row, first_position) for row in rows]
+    names, S = sorted({name for one in traces for name in one}, key=place), max(map(len, rows))
+    return {name: joined(name, [one.get(name) for one in traces], S) for name in names}
+
+
+def golden(name):
     """The bytes of a golden file."""
-    from generate import axes  # the names of axes alone: no number passes through it
-
-    about, changes, lengths, chunk, size = CASES[case]
-    config, draw = BASE | changes, random.Random(f"tokens of {case}")
-    weights = drawn(config, f"weights of {case}", size)
-    rows = [[draw.randrange(config["vocab_size"]) for _ in range(n)] for n in lengths]
-    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]
-    found = {"tokens": padded} | batch(config, weights, rows)
-    order = [[name, ["B", "S"] if name == "tokens" else axes(name), shape_of(x)]
-             for name, x in found.items()]
-    stored = {name: packed(x, size) for name, x in weights.items()}
+    case = CASES[name]
+    config, draw = BASE | case.config, random.Random(f"tokens of {name}")
+    weights = drawn(config, f"weights of {name}", case.weight_bytes)
+    tie(weights, case.tied_experts)
+    rows = [[draw.randrange(config["vocab_size"]) for _ in range(n)] for n in case.lengths]
+    tokens = [row + [0] * (max(case.lengths) - len(row)) for row in rows]
+    found = {"tokens": tokens} | batch(config, weights, rows, case.first_position)
+    order = [[name, axes(name), shape_of(x)] for name, x in found.items()]
+    stored = {name: packed(x, case.weight_bytes) for name, x in weights.items()}
     digest = hashlib.sha256(b"".join(stored[name][2] for name in sorted(stored)))
     return safetensors(stored | {name: packed(x, 8) for name, x in found.items()}, {
-        "format": "mixtral-trace", "version": "1", "dtype": "float64", "case": about,
-        "config": json.dumps(config), "order": json.dumps(order), "chunk": str(chunk),
-        "lengths": json.dumps(lengths), "weights_sha256": digest.hexdigest()})
+        "format": "mixtral-trace", "version": "1", "dtype": "float64", "case": case.about,
+        "config": json.dumps(config), "order": json.dumps(order), "chunk": str(case.chunk),
+        "lengths": json.dumps(case.lengths), "first_position": str(case.first_position),
+        "weights_sha256": digest.hexdigest()})
 
 
 def main(directory=HERE):
-    for case in CASES:
-        path = Path(directory) / f"{case}.safetensors"
-        path.write_bytes(golden(case))
+    for name in CASES:
+        path = Path(directory) / f"{name}.safetensors"
+        path.write_bytes(golden(name))
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

@@ -30,8 +30,7 @@ import os
 import re
 import sys
 from pathlib import Path
-
-from trace import add_model_arguments, exit_code, load_model, recording  # sets sys.path
+from trace import add_model_arguments, exit_code, load_model, recording  # beside this file
 
 import torch
 
@@ -80,8 +79,6 @@ def repetitions(experts):
 
     The first fraction counts equal first experts, the second any expert in common.
     """
-    if len(experts) < 2:
-        raise ValueError(f"wanted a text of at least 2 tokens, got {len(experts)}")
     before, after = experts[:-1], experts[1:]
     same_first = before[:, 0] == after[:, 0]
     any_shared = (before.unsqueeze(2) == after.unsqueeze(1)).any(dim=2).any(dim=1)
@@ -224,6 +221,8 @@ def run(args):
         raise ValueError(f"--layer must be in 0 … {L - 1}, got {layer}")
     prompt = tokenizer.encode(text)
     tokens = prompt + generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_id)[0]
+    if len(tokens) < 2:
+        raise ValueError("the text is empty; its statistics need at least one token after <s>")
     texts, routing = token_texts(tokenizer, tokens), record(model, tokens)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"layer {layer}, first expert of each token:\n")

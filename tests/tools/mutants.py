@@ -38,7 +38,7 @@ import hypothesis
 import pytest
 import safetensors  # noqa: F401
 import sentencepiece  # noqa: F401
-import torch  # noqa: F401
+import torch._dynamo
 from changes import CHANGES
 from readme import ROOT, copy_repository
 
