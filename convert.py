@@ -22,8 +22,8 @@ meet, so every head of q and k is reordered. For d = 8:
                          4 5                       row 2 with row 3, and so on.
                          6 7
 
-Memory: only names, shapes and file offsets are read at first. The numbers of a tensor are read when
-it is written, so memory holds at most one tensor and its reordered copy.
+Memory: at first, only names, shapes and file offsets are read. The numbers of a tensor are read
+when it is written, so memory holds at most one tensor and its reordered copy.
 
 Safety: pickles are opened with weights_only=True, so they cannot run code. The output is written to
 `.OUT.part` beside OUT and renamed when it is complete.
@@ -76,9 +76,10 @@ from tokenizer import Tokenizer
 HUGGINGFACE, MISTRAL, FUSED = LAYOUTS = range(3)  # the columns of NAMES
 TITLES = ("Hugging Face", "Mistral", "Mistral with fused experts")
 
-# The names of the tensors in each layout, and the shape of each, which for experts is the shape of
-# one. A leading dot stands for `model.layers.N.` in the first column and for `layers.N.` in the
-# others; `e` is an expert. `.weight` follows every name except those of fused experts.
+# Each row gives the name of a tensor in the three layouts, and its shape. For experts it is the
+# shape of one expert. A leading dot stands for `model.layers.N.` in the first column and for
+# `layers.N.` in the others, and `e` for the number of an expert. Every name except those of fused
+# experts ends in `.weight`.
 NAMES = [line.split() for line in """
     model.embed_tokens              tok_embeddings              tok_embeddings          V    D
     .input_layernorm                .attention_norm             .attention_norm         D

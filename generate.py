@@ -39,12 +39,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixtral import (
+    Int4Linear,
     MixtralConfig,
     assemble,
     at_least_float32,
     convert_floats,
     read_json,
     read_weights,
+    unpack,
     weight_files,
 )
 from tokenizer import Tokenizer
@@ -307,7 +309,9 @@ def load(directory, dtype=None, device="cpu"):
     check_memory(directory, weights, dtype, device)
     weights = {name: convert_floats(weight, dtype, device)
                for name, weight in with_progress(weights)}
-    model = tune(assemble(raw, weights))
+    model = assemble(raw, weights)
+    del weights  # so that `tune` can release each weight that it replaces
+    model = tune(model)
     return tokenizer, reduce_outputs(model) if dist.is_initialized() else model
 
 
@@ -316,11 +320,25 @@ def tune(model):
 
     This is the only machine-specific code. It changes results by rounding only.
     """
-    if model.lm_head.weight.is_cpu:
-        for module in model.modules():
-            if type(module) is nn.Linear and module.out_features % SLICES == 0:
-                module.__class__ = TunedLinear
+    if not model.lm_head.weight.is_cpu:
+        return model
+    layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear)]
+    if layers and all(map(TunedInt4Linear.fits, layers)):
+        repack(model)
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features % SLICES == 0:
+            module.__class__ = TunedLinear
     return model
+
+
+def repack(model):
+    """Replace 4-bit layers one by one, and copy the other weights, so that no file stays mapped."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, Int4Linear):
+                setattr(parent, name, TunedInt4Linear(layer))
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
 
 
 # Measured on 2 cores of an AMD EPYC with AVX2, for weights of 3584 × 1024 and 1024 × 3584.
@@ -360,6 +378,36 @@ def sliced_product(x, weight):
     slices = weight.unflatten(0, (SLICES, -1)).mT  # (SLICES, in, out/SLICES)
     y = x.reshape(1, rows, -1).expand(SLICES, -1, -1) @ slices
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+class TunedInt4Linear(nn.Module):
+    """A 4-bit layer repacked for PyTorch's CPU kernel, which takes bfloat16 only.
+
+    On 2 AVX2 cores the kernel multiplies 13 G weights/s for one row, the bfloat16 product 9. Up to
+    64 rows it is faster than a product with unpacked weights, and for 256 rows it takes 1.2 of the
+    time. An expert gets 64 rows of a chunk of 256 tokens, so the kernel is used for any rows.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        scale = layer.weight_scale
+        u = unpack(layer.weight_packed, torch.ones_like(scale)).int() + 8
+        self.group_size = u.shape[1] // scale.shape[1]
+        self.packed = nn.Buffer(torch._convert_weight_to_int4pack_for_cpu(u, 1))
+        scale_and_zero = torch.stack((scale, torch.zeros_like(scale)), dim=-1)
+        self.scale_and_zero = nn.Buffer(scale_and_zero.transpose(0, 1).contiguous())
+
+    @staticmethod
+    def fits(layer):
+        """Whether the kernel takes a layer of these sizes and of this dtype."""
+        (outputs, words), groups = layer.weight_packed.shape, layer.weight_scale.shape[1]
+        return (layer.weight_scale.dtype == torch.bfloat16 and outputs % 16 == 0
+                and 8 * words // groups in (32, 64, 128, 256))
+
+    def forward(self, x):
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.reshape(-1, x.shape[-1]), self.packed, self.group_size, self.scale_and_zero)
+        return y.view(*x.shape[:-1], -1)
 
 
 def check_device(device):

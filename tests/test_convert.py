@@ -18,6 +18,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import pytest
@@ -206,11 +207,11 @@ def test_a_shard_holds_as_many_tensors_as_its_limit_allows(sizes, limit):
     tensors = {str(n): torch.empty(size, dtype=torch.uint8) for n, size in enumerate(sizes)}
     groups = list(convert.shards(tensors, convert.HUGGINGFACE, limit).values())
     assert [name for group in groups for name in group] == list(tensors)
-    held = [sum(tensor.nbytes for tensor in group.values()) for group in groups]
+    totals = [sum(tensor.nbytes for tensor in group.values()) for group in groups]
     for n, group in enumerate(groups):
-        assert held[n] <= limit or len(group) == 1
+        assert totals[n] <= limit or len(group) == 1
         if n:
-            assert held[n - 1] + next(iter(group.values())).nbytes > limit
+            assert totals[n - 1] + next(iter(group.values())).nbytes > limit
     assert len(convert.shards(tensors, convert.MISTRAL, limit)) == 1
 
 
@@ -305,6 +306,12 @@ def test_every_split_of_a_piece_into_two_pieces_is_a_merge_and_better_scores_com
                           if (a := piece[:n]) in t.scores and (b := piece[n:]) in t.scores}
     scores = [t.scores[a + b] for a, b in found]
     assert scores == sorted(scores, reverse=True)
+
+
+def test_merges_of_equal_score_are_in_the_order_of_ids():
+    t = SimpleNamespace(scores={"a": -8, "b": -9, "aba": -1, "ab": -1, "ba": 0},
+                        ids={"ba": 4, "aba": 3, "ab": 2, "b": 1, "a": 0})
+    assert convert.merges(t) == ["b a", "a b", "a ba", "ab a"]
 
 
 def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_found(

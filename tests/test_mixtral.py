@@ -548,7 +548,7 @@ def test_a_float32_angle_near_position_30000_is_wrong_by_up_to_2e_3_radians():
     positions, i = torch.arange(30_000, 32_768), torch.arange(0, 128, 2)
     exact = positions[:, None] * 1e6 ** (-i.double() / 128)
     narrow = positions[:, None].float() * 1e6 ** (-i.float() / 128)
-    assert 1e-3 < (narrow.double() - exact).abs().max() < 3e-3
+    assert 1.5e-3 < (narrow.double() - exact).abs().max() < 2e-3
     for ours, wanted in zip(rotation(positions[None], 128, 1e6), (exact.cos(), exact.sin()),
                             strict=True):
         assert relative_error(ours[0, :, 0], wanted) < 1e-11
@@ -897,6 +897,20 @@ def test_mistrals_weights_are_answered_with_the_command_that_converts_them(tmp_p
 
 
 # ---------------------------------------------------------------- damaged checkpoints
+
+
+@pytest.mark.parametrize("old", ["F64", "lm_head.weight"])
+@pytest.mark.parametrize("new", [r"\n\u001b", 5000 * "x"], ids=["control", "long"])
+def test_text_of_a_damaged_header_stays_one_short_printable_line(checkpoint, old, new):
+    file = checkpoint / "model.safetensors"
+    content = file.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:size].decode()
+    header = header.replace(f'"{old}"', f'"{new}"', 1).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[size:])
+    with pytest.raises(ValueError) as error:
+        Mixtral.from_pretrained(checkpoint)
+    assert str(error.value).isprintable() and len(str(error.value)) < 3000
 
 
 VALUES = [None, True, -1, 0, 1, 2, 3, 2**14, 2**20, 2**63, 2**70, 10**400, math.inf, math.nan, 0.5,

@@ -10,6 +10,7 @@ throughout a line.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import io
@@ -22,6 +23,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+import mixtral
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [ROOT / "mixtral.py", ROOT / "convert.py", ROOT / "generate.py",
@@ -176,30 +179,30 @@ def wrap(module, sizes, seen, monkeypatch):
     for name, owner, thing, line in list(lines(module)):
         attribute = "forward" if inspect.isclass(thing) else thing.__name__
         target = thing if inspect.isclass(thing) else owner
-        real = vars(target)[attribute]
-
-        wrapped = checked(real, line, name, sizes, lambda name=name: seen.add((module.__name__, name)))
+        wrapped = checked(vars(target)[attribute], line, (module.__name__, name), sizes, seen)
         monkeypatch.setattr(target, attribute, wrapped)
 
 
-def checked(real, line, name, sizes, report):
+def checked(real, line, name, sizes, seen):
     """A function that does what `real` does and compares each call with its shape line."""
+    free = FREE.get(name[1], "")
+
     @functools.wraps(real)
     def wrapper(*args, **options):
         output = real(*args, **options)
-        known = {letter: size for letter, size in sizes.items() if letter not in FREE.get(name, "")}
+        known = {letter: size for letter, size in sizes.items() if letter not in free}
         check_call(line, inspect.signature(real), args, options, output, known)
-        report()
+        seen.add(name)
         return output
 
     return wrapper
 
 
-def check_fields(module, name, instance, sizes, seen):
-    """Compare an object with the line of its class that gives the shapes of its fields."""
-    for field, axes in entries(FIELDS.search(vars(module)[name].__doc__)[1]):
-        unify(axes, getattr(instance, field).shape, dict(sizes))
-    seen.add((module.__name__, name))
+def fields(module):
+    """Name and shapes of each class with a line that gives the shapes of its fields."""
+    for name, _, thing in documented(module):
+        if match := FIELDS.search(thing.__doc__):
+            yield name, entries(match[1])
 
 
 def prose_shapes(module):
@@ -214,23 +217,44 @@ def prose_shapes(module):
 # ---------------------------------------------------------------- the claims
 
 
+class Run:
+    """The modules with their checks, the sizes to compare with, and what has been compared."""
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(sys, "path", [*sys.path])  # trace.py extends it
+        self.sizes, self.seen = dict(SIZES), set()
+        self.modules = {path.stem: load_with_checks(path, self.sizes, self.seen, monkeypatch)
+                        for path in FILES}
+        for module in self.modules.values():
+            wrap(module, self.sizes, self.seen, monkeypatch)
+        self.mixtral, self.convert, self.generate, self.layouts, self.trace = self.modules.values()
+
+    def compare(self, module, name, shape, tensor):
+        """Compare a shape in a sentence of a docstring with a tensor."""
+        unify(entries(shape)[0][1], tensor.shape, dict(self.sizes))
+        self.seen.add((module.__name__, name, shape))
+
+    def documented(self):
+        """All that has to be compared."""
+        found = {(path.stem, line) for path in FILES
+                 for line in comment_shapes(path.read_text(encoding="utf-8"))}
+        for name, module in self.modules.items():
+            found |= {(name, line[0]) for line in [*lines(module), *fields(module)]}
+        for module in (self.mixtral, self.convert, self.generate):
+            found |= {(module.__name__, *shape) for shape in prose_shapes(module)}
+        return found
+
+
 @pytest.fixture
 def run(monkeypatch):
-    """The modules with their checks, the sizes to compare with, and what has been checked."""
-    monkeypatch.setattr(sys, "path", [*sys.path])  # trace.py extends it
-    sizes, seen = dict(SIZES), set()
-    modules = {path.stem: load_with_checks(path, sizes, seen, monkeypatch) for path in FILES}
-    for module in modules.values():
-        wrap(module, sizes, seen, monkeypatch)
-    return types.SimpleNamespace(**modules, modules=modules, sizes=sizes, seen=seen)
+    return Run(monkeypatch)
 
 
 def prepared_model(mixtral):
     """A float64 model of the sizes above. In layer 0, w1 and w3 of the experts have 4 bits."""
     torch.manual_seed(0)
-    fields = {letter: field for letter, _, field, _ in ROW.findall(mixtral.__doc__)}
-    config = mixtral.MixtralConfig(
-        **{fields[letter]: size for letter, size in SIZES.items() if fields[letter] != "-"})
+    config = mixtral.MixtralConfig(**{field: SIZES[letter] for letter, _, field, _ in
+                                      ROW.findall(mixtral.__doc__) if field != "-"})
     model = mixtral.Mixtral(config)
     for expert in model.model.layers[0].block_sparse_moe.experts:
         for name in ("w1", "w3"):
@@ -241,49 +265,116 @@ def prepared_model(mixtral):
     return model.double()
 
 
-def tokens_of(S):
-    return torch.zeros(SIZES["B"], S, dtype=torch.int64)
+TOKENS, LENGTHS = torch.zeros(SIZES["B"], SIZES["S"], dtype=torch.int64), torch.tensor([3, 1])
 
 
 def run_with_cache(run, model):
-    """Calls with a cache. In the last one that has no more calls to come, all sizes differ."""
+    """Fill a cache. Then compare one more call, in which all letters have different sizes."""
     cache = model.new_cache(SIZES["B"], 40, chunk=SIZES["C"] - SIZES["W"] + 1)
     for letter in OF_A_CALL:
         del run.sizes[letter]
     for lengths in ([3, 1], [3, 0], [3, 3]):
-        model(tokens_of(3), cache, torch.tensor(lengths))
+        model(TOKENS, cache, torch.tensor(lengths))
     run.sizes.update(SIZES)
-    model(tokens_of(3), cache)
-    check_fields(run.mixtral, "Cache", cache, run.sizes, run.seen)
-    return cache
+    logits = model(TOKENS, cache)
+    run.compare(run.mixtral, "Mixtral.forward", "(B, S, V)", logits)
+    for field, axes in dict(fields(run.mixtral))["Cache"]:
+        unify(axes, getattr(cache, field).shape, dict(run.sizes))
+    run.seen.add(("mixtral", "Cache"))
+    run.compare(run.mixtral, "Cache.lengths", "(B)", cache.lengths)
+    _, remember = cache.extend(TOKENS, torch.tensor([0, 0]))
+    k = torch.zeros([SIZES[letter] for letter in "BSKd"]).double()
+    run.compare(run.mixtral, "Cache.extend", "(B, S, K, d)", k)
+    run.compare(run.mixtral, "Cache.extend", "(B, T, K, d)", remember(0, k, k)[0])
 
 
 def run_without_cache(run, model):
     """One pass in which the keys are those of the call, so that T equals S."""
     run.sizes["T"] = run.sizes["S"]
-    model(tokens_of(3))
-    last = type(model).forward.__wrapped__(model, tokens_of(3), last_only=True)
-    for name, x in run.trace.record(model, tokens_of(3), scores=True).items():
+    model(TOKENS)
+    forward = type(model).forward.__wrapped__  # its shape line does not hold with last_only
+    last = forward(model, TOKENS, lengths=LENGTHS, last_only=True)
+    run.compare(run.mixtral, "Mixtral.forward", "(B, 1, V)", last)
+    run.compare(run.mixtral, "Mixtral.forward", "(B)", LENGTHS)
+    for name, x in run.trace.record(model, TOKENS, scores=True).items():
         unify(run.trace.axes(name), x.shape, dict(run.sizes))
     run.sizes.update(SIZES)
-    return last
+
+
+def run_generate(run, model):
+    """Prompts of one token, so that S is 1 in all calls."""
+    tokens, lengths = run.generate.pad([[1, 2, 3], [4]], SIZES["V"], "cpu")
+    run.compare(run.generate, "pad", "(B, S)", tokens)
+    run.compare(run.generate, "pad", "(B)", lengths)
+    logits = torch.zeros(SIZES["B"], SIZES["V"])
+    run.compare(run.generate, "draw", "(B, V)", logits)
+    run.compare(run.generate, "draw", "(B)", run.generate.draw(logits, 0.0, 1.0, [None] * 2))
+    for letter in OF_A_CALL:
+        del run.sizes[letter]
+    run.generate.generate(model, [[1], [2]], 2, temperature=1.0)
+    run.sizes.update(SIZES)
 
 
 @torch.inference_mode()
 def test_every_documented_shape_holds_in_real_runs_of_different_sizes(run):
-    model = prepared_model(run.mixtral)
+    model, rows = prepared_model(run.mixtral), torch.zeros(SIZES["H"] * SIZES["d"], SIZES["D"])
     run_with_cache(run, model)
     run_without_cache(run, model)
-    rows = torch.zeros(SIZES["H"] * SIZES["d"], SIZES["D"])
+    run_generate(run, model)
     run.convert.regroup(rows, SIZES["H"], 2)
     run.layouts.interleaved(rows, SIZES["H"])
-    run.sizes.update(S=1, N=2, T=1)
-    for letter in OF_A_CALL:
-        del run.sizes[letter]
-    run.generate.generate(model, [[1], [2]], 2, temperature=1.0)
-    documented_shapes = {
-        *((module.__name__, name) for module in run.modules.values()
-          for name, *_ in [*lines(module), *fields(module)]),
-        *((path.stem, line) for path in FILES
-          for line in comment_shapes(path.read_text(encoding="utf-8")))}
-    assert run.seen == documented_shapes and len(documented_shapes) > 30
+    assert run.seen == run.documented() and len(run.seen) > 35
+
+
+def test_every_letter_has_one_meaning_and_the_size_of_8x7b():
+    rows, defaults = ROW.findall(mixtral.__doc__), mixtral.MixtralConfig()
+    used = [field for *_, field, _ in rows if field != "-"]
+    assert sorted(letter for letter, *_ in rows) == sorted([*SIZES, "R"])
+    assert len(set(used)) == len(used) and len(set(SIZES.values())) == len(SIZES)
+    for letter, _, field, value in rows:
+        if field != "-":
+            wanted = getattr(defaults, field)
+            assert value == ("null" if wanted is None else str(wanted)), letter
+
+
+def test_every_letter_in_a_documented_shape_is_in_the_table(run):
+    letters = {letter for letter, *_ in ROW.findall(mixtral.__doc__)}
+    for path in FILES:
+        module = run.modules[path.stem]
+        claimed = [*comment_shapes(path.read_text(encoding="utf-8")).values(),
+                   *(side for *_, line in lines(module) for side in line),
+                   *(shapes for _, shapes in fields(module)),
+                   *(entries(shape) for _, shape in prose_shapes(module))]
+        used = {item for side in claimed for _, axes in side for axis in axes
+                for item in re.findall(r"[A-Za-z]", axis)}
+        assert used <= letters, path
+
+
+@pytest.mark.parametrize("wrong", [
+    "queries (B, S), keys (B, S) -> (B, S, T)", "queries (B, S), keys (B, T) -> (B, T, S)",
+    "queries (B, S, d), keys (B, T) -> (B, S, T)", "queries (B, S) -> (B, S)",
+    "queries (..., S), keys (..., T) -> (B, S, T/2)", "queries (D, S), keys (D, T) -> (B, S, T)",
+    "(B, S), (B, T) -> (B, S·T)", "(B, S), (B, T) -> (B, S, T), (B)", "keys (B, S) -> (B, S, T)"])
+def test_a_wrong_shape_line_would_be_noticed(wrong):
+    def compare(line):
+        match = LINE.fullmatch(line)
+        check_call(tuple(map(entries, match.groups())), inspect.signature(mixtral.visible),
+                   call, {}, mixtral.visible(*call), {"B": 2, "S": 3, "D": 22})
+
+    call = torch.zeros(2, 3), torch.zeros(2, 5), None
+    compare(LINE.search(mixtral.visible.__doc__)[0])
+    with pytest.raises(AssertionError):
+        compare(wrong)
+
+
+@pytest.mark.parametrize("assignment, holds", [
+    ("y = x  # (B, S, D)", True), ("a, y = x[0], x  # (S, D), (B, S, D)", True),
+    ("y = torch.cat([\n    x], dim=1)  # (B, S, D)", True), ("y = x, x  # (B, S, D)", True),
+    ("y = x.flatten(0, 1)  # (N, D)", False), ("a, y = x[0], x  # (S, D), (S, D)", False),
+    ("y = torch.cat([\n    x, x], dim=1)  # (B, S, D)", False), ("y = x  # (B, S, D) here", False),
+    ("torch.cos(x)  # (B, S, D)", False), ("for y in [x]:\n    y = y[0]  # (B, D)", False)])
+def test_a_wrong_comment_would_be_noticed(assignment, holds, tmp_path, monkeypatch):
+    file, sizes = tmp_path / "example.py", {"B": 2, "S": 3, "D": 4, "N": 7}
+    file.write_text(f"import torch\nx = torch.zeros(2, 3, 4)\n{assignment}\n")
+    with contextlib.nullcontext() if holds else pytest.raises(AssertionError):
+        load_with_checks(file, sizes, set(), monkeypatch)

@@ -116,6 +116,15 @@ def test_encode_equals_sentencepiece_for_long_runs(both, unit):
     assert ours.encode(unit * 20_000, bos=False) == theirs.encode(unit * 20_000)
 
 
+def test_bos_and_eos_are_added_on_request_only(both):
+    ours, theirs = both
+    for text in ("", "the cat"):
+        ids = theirs.encode(text)
+        assert ours.encode(text) == [theirs.bos_id(), *ids]
+        assert ours.encode(text, eos=True) == [theirs.bos_id(), *ids, theirs.eos_id()]
+        assert ours.encode(text, bos=False, eos=True) == [*ids, theirs.eos_id()]
+
+
 @pytest.mark.parametrize("text, ids", [
     ("Hello my name is", [22557, 586, 1141, 349]),
     ("My favourite condiment is ", [1984, 16020, 2076, 2487, 349, 28705]),
@@ -128,8 +137,7 @@ def test_encode_equals_sentencepiece_for_long_runs(both, unit):
     (" " * 16, [359, 28705])])
 def test_encode_gives_the_published_ids_of_mixtral_8x7b(v1, text, ids):
     assert v1.encode(text, bos=False) == ids
-    assert v1.encode(text) == [1, *ids]
-    assert v1.encode(text, bos=False, eos=True) == [*ids, 2]
+    assert v1.encode(text, eos=True) == [1, *ids, 2]
 
 
 def test_the_example_of_the_module_docstring_holds(v1):

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import train
 from hypothesis import given, settings
@@ -109,6 +110,43 @@ def test_gradients_of_the_whole_loss_are_finite_differences(part):
     assert torch.isclose(found, (ahead - behind) / 2e-5, rtol=1e-6)
 
 
+def test_every_step_has_its_own_learning_rate(texts, monkeypatch):
+    rates, one_step = [], train.one_step
+
+    def recorded(model, optimisers, batch, args):
+        rates.append({group["lr"] for o in optimisers for group in o.param_groups})
+        return one_step(model, optimisers, batch, args)
+
+    monkeypatch.setattr(train, "one_step", recorded)
+    command = options(texts, "out", "--steps", "5", "--warmup", "0.4", "--decay", "0.4")
+    assert train.main(command) == 0
+    assert rates == [{train.rate_at(step, train.arguments(command))} for step in range(5)]
+    assert [round(rate / 5e-3, 3) for (rate,) in rates] == [0.5, 1, 1, 0.667, 0.333]
+
+
+@pytest.mark.parametrize("alpha, clipped", [(0.0, False), (0.1, False), (40.0, True)])
+def test_a_step_takes_the_clipped_gradient_of_cross_entropy_plus_alpha_times_balance(
+        alpha, clipped):
+    model, tokens, found = small_model(), torch.arange(18).view(2, 9) * 7 % 32, []
+    with train.router_logits(model) as layers:
+        logits = model(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    balance = train.balance_loss(layers, 2)
+    wanted = torch.autograd.grad(loss + alpha * balance, list(model.parameters()),
+                                 allow_unused=True)
+    size = torch.stack([g.square().sum() for g in wanted if g is not None]).sum().sqrt()
+    assert (size > 1) == clipped
+    recorder = Namespace(step=lambda: found.extend(p.grad for p in model.parameters()))
+    args = Namespace(balance=alpha, device="cpu", precision="float32")
+    given = train.one_step(model, [recorder], (tokens[:, :-1], tokens[:, 1:]), args)
+    assert given[:2] == pytest.approx((loss.item(), balance.item()))
+    assert torch.allclose(given[2], torch.stack([train.expert_load(x, 2) for x in layers]))
+    for gradient, unclipped in zip(found, wanted, strict=True):
+        assert (gradient is None) == (unclipped is None)
+        if gradient is not None:
+            assert torch.allclose(gradient, unclipped / max(1, size), rtol=1e-5)
+
+
 def test_autocast_computes_the_logits_in_bfloat16_and_keeps_float32_weights():
     batch, losses = (torch.arange(32).view(2, 16), torch.arange(32).view(2, 16).roll(1)), {}
     for precision in ("float32", "bfloat16"):
@@ -201,6 +239,17 @@ def test_documents_are_the_texts_between_separators_and_none_is_empty(stored, da
 def test_a_separator_inside_a_line_separates_nothing(tmp_path):
     (tmp_path / "t").write_text("one -- two\n--\nthree--\n--\n\n--\nfour")
     assert train.documents(tmp_path / "t", "--") == ["one -- two", "three--", "four"]
+
+
+def test_the_tokenizer_is_trained_with_the_settings_of_mixtrals(tmp_path):
+    train.train_tokenizer(["x 1212  y", "ﬁ 1212 12"] * 20, tmp_path / "tokenizer.model", 268)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert tokenizer.piece_size() == 268 and tokenizer.pad_id() == -1
+    assert [tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()] == [0, 1, 2]
+    assert [tokenizer.id_to_piece(3 + b) for b in range(256)] == [
+        f"<0x{b:02X}>" for b in range(256)]
+    assert tokenizer.decode(tokenizer.encode(" ﬁ  é\n x ")) == " ﬁ  é\n x "
+    assert tokenizer.encode("1212", out_type=str) == ["▁", "1", "2", "1", "2"]
 
 
 STORIES = [[1, *range(10 * n, 10 * n + 5 + n), 2] for n in range(1, 9)]

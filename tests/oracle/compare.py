@@ -1,23 +1,31 @@
-"""Where and why a port differs: `python tests/oracle/compare.py OURS THEIRS`.
+"""Find where and why a port differs: `python tests/oracle/compare.py OURS THEIRS`.
 
-OURS is a trace of `generate.py --trace` or a golden file; THEIRS any safetensors file with some of
-the same names, in any float dtype, with or without the axis B, heads and features joined or apart.
-`--names FILE` maps their names to ours, as a JSON object. Tensors are compared in the order of
-computation. A row is the vector of one token (for scores, of one query); its error is the length of
-the difference by the usual length of a row of that tensor: single small elements of a sum have no
-relative accuracy, rows have.
+OURS is a golden file or a file of trace.py. THEIRS is any safetensors file in which the port has
+written some of the same quantities, in any floating-point dtype, with or without the axis B, with
+heads and features as one axis or two. Tensors are compared in the order of computation.
 
-Without --rtol and --atol a row's error is rounding, and no more, up to
-    64 · (n + 1) · ε     in layer n, ε of the lower dtype of the two, and up to
-    16 · the largest error before it, or 64 · ε:
-what enters an operation may leave it larger, but an error that jumps was made there. Within the
-second bound but beyond the first it is drift. A cause is named only if it was tested: what theirs
-would be by that error, computed from ours, is at least 8 times nearer to theirs than ours is.
+A row is the vector that belongs to one token, or for scores and probabilities to one query. The
+error of a row is
 
-Another choice of experts is a flip, and no error, where the router logits differ by as much as the
-margin. What it can have touched, that token and from the next layer on those after it, is left out.
+    |theirs − ours| / max(|ours|, median of |ours| over the rows of the tensor).
 
-Exit codes: 0 equal within rounding, 1 not, 2 not comparable.
+With ε of the lower precision of both files, c = 64 in float64 and float32 and c = 8 in bfloat16 and
+float16, an error is rounding if, for a tensor of layer n,
+
+    error <= c·ε·√(n + 1)   and   error <= max(c·ε, 16 · the largest error before it).
+
+An error within the second bound only is reported as drift. With --rtol or --atol, elements are
+compared instead, as |theirs − ours| <= atol + rtol·|ours|.
+
+A cause is proved if our numbers, computed anew with that error in the port (see causes.py), are
+equal to theirs: the error that remains is at most a quarter of what counts as rounding and at most
+an eighth of the error without it. Nothing else is called a cause.
+
+A different choice of experts is a routing flip, and no error, if the router logits of the port
+differ from ours by as much as the margin. What the flip can have changed is not compared: that
+token, and from the next layer on all later tokens of its row.
+
+Exit codes: 0 equal within rounding, 1 different, 2 not comparable.
 """
 
 import argparse
@@ -29,54 +37,71 @@ import sys
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
+from causes import CAUSES, Cause
+from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from torch.nn import functional as F
+from steps import InapplicableError, MissingError, Run, Trace
 
-from generate import axes
+from mixtral import read_weights, weight_files
 
-JUMP, FLOOR, NEARER = 16, 64, 8
-LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "F": "feature",
-          "E": "expert", "k": "choice", "V": "token id", "T": "key"}
-DERIVED = ("margin", "tokens")  # say no more than the gate and the choice do
-
-
-class Incomparable(Exception):
-    """Why two files cannot be compared, in a line."""
+JUMP, NEARER = 16, 8
+NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
+LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "feature",
+          "E": "expert", "A": "choice", "V": "token id", "T": "key"}
+REDUNDANT = ("margin", "tokens")  # they follow from the logits and the choice
 
 
-def stored(path):
-    """Metadata and tensors of a safetensors file."""
+class IncomparableError(Exception):
+    """One line that says why two files cannot be compared."""
+
+
+# ------------------------------------------------------------------ reading and aligning
+
+
+def read_file(path):
+    """The metadata and the tensors of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise Incomparable(f"{path}: not a safetensors file: {error}") from None
+        raise IncomparableError(f"{path}: not a safetensors file: {error}") from None
 
 
-def word(name):
-    """What a quantity is, as AXES calls it."""
-    last = name.rpartition(".")[2]
-    return "layer" if last.isdecimal() else last
+def read_trace(path, model, chunk):
+    """Our side, with the weights of the golden file or of the directory `model`, and its order."""
+    metadata, tensors = read_file(path)
+    found = metadata.get("format"), metadata.get("version")
+    if found != ("mixtral-trace", "1"):
+        raise IncomparableError(f"{path}: must be a golden file or a file of trace.py, version 1, "
+                                f"got format {found[0]}, version {found[1]}")
+    weights = {n: tensors.pop(n) for n in list(tensors) if n.endswith(".weight")}
+    try:
+        weights = read_weights(weight_files(model)) if model else weights
+    except ValueError as error:
+        raise IncomparableError(str(error)) from None
+    B, S = tensors["tokens"].shape
+    trace = Trace(tensors, json.loads(metadata["config"]), weights,
+                  chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
+                  json.loads(metadata.get("lengths", "null")) or [S] * B)
+    return trace, [name for name, *_ in json.loads(metadata["order"])]
 
 
 def layer_of(name):
+    """The number of the layer of a quantity, or None outside the layers."""
     found = re.match(r"model\.layers\.(\d+)", name)
     return int(found[1]) if found else None
 
 
-def bare(shape):
-    return [n for n in shape if n != 1]
-
-
 def reshaped(theirs, ours):
-    """Theirs in the shape of ours, where only axes of length one and joined axes differ."""
+    """Theirs in the shape of ours if only joined axes and axes of size 1 differ, else None."""
     if theirs.numel() != ours.numel():
         return None
-    short, long = sorted((bare(theirs.shape), bare(ours.shape)), key=len)
+    short, long = sorted(([n for n in x.shape if n != 1] for x in (theirs, ours)), key=len)
     at = 0
     for n in short:
         size = 1
@@ -87,576 +112,503 @@ def reshaped(theirs, ours):
     return theirs.reshape(ours.shape)
 
 
-class Pair:
-    """Two traces: ours whole, theirs by our names as far as it goes."""
+def as_rows(x, letters):
+    """One row per token: (B, S, …), (B, H, S, T), (N, …) or (R, …) -> (rows, …)."""
+    if letters == ["B", "H", "S", "T"]:
+        x = x.transpose(1, 2)
+    return x.flatten(0, 1) if letters[0] == "B" else x
 
-    def __init__(self, ours, theirs, names):
-        self.metadata, self.ours = stored(ours)
-        if self.metadata.get("format") != "mixtral-trace" or self.metadata.get("version") != "1":
-            raise Incomparable(f"{ours}: wanted a trace of generate.py, version 1, got "
-                               f"{self.metadata.get('format')} {self.metadata.get('version')}")
-        self.config = json.loads(self.metadata["config"])
-        _, found = stored(theirs)
+
+def row_errors(ours, theirs):
+    """The error of each row. A score that the softmax turns into 0 counts as −∞."""
+    ours, theirs = ours.flatten(1), theirs.flatten(1)
+    top = theirs.amax(1, keepdim=True)
+    masked = ours.isneginf()
+    hidden = masked & (theirs <= top - NEGLIGIBLE)
+    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+    sizes = ours.norm(dim=1)
+    usual = sizes.nanmedian().clamp(min=1e-300)
+    found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
+    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
+
+
+class Pair:
+    """Both traces. What theirs has under other names is renamed."""
+
+    def __init__(self, args, names):
+        self.trace, self.order = read_trace(args.ours, args.model, args.chunk)
+        self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
         self.theirs = {names.get(name, name): x for name, x in found.items()}
-        self.order = [name for name, *_ in json.loads(self.metadata["order"])]
-        self.shared = [name for name in self.order if name in self.theirs and name != "tokens"]
-        self.unknown = sorted(name for name in set(self.theirs) - set(self.order)
-                              if not name.endswith(".weight") and ".experts." not in name)
-        self.check_tokens()
+        self.shared = [name for name in self.order if name in self.theirs
+                       and word(name) not in REDUNDANT and name != "tokens"]
         if not self.shared:
-            raise Incomparable(f"{theirs}: none of our names, as {self.order[1]}; it has "
-                               f"{', '.join(sorted(found)[:3])}; see --names")
-        self.lengths = json.loads(self.metadata.get("lengths", "null")) or (
-            [self.ours["tokens"].shape[1]] * len(self.ours["tokens"]))
+            raise IncomparableError(
+                f"{args.theirs}: has none of our names, such as {self.order[1]}; it has "
+                f"{', '.join(sorted(found)[:3])}; map its names with --names")
+        self.check_tokens()
         floats = [x.dtype for name in self.shared for x in (self.ours[name], self.theirs[name])
                   if x.is_floating_point()]
         self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
-        self.eps = torch.finfo(self.dtype).eps
+        self.epsilon = torch.finfo(self.dtype).eps
+        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon
+        self.S = self.ours["tokens"].shape[1]
+        self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
 
     def check_tokens(self):
-        theirs = self.theirs.get("tokens")
-        if theirs is not None and theirs.flatten().tolist() != self.ours["tokens"].flatten(
-                ).tolist():
-            raise Incomparable(f"tokens differ: ours {self.ours['tokens'].flatten().tolist()}, "
-                               f"theirs {theirs.flatten().tolist()}")
+        ours, theirs = (side.get("tokens") for side in (self.ours, self.theirs))
+        if theirs is not None and theirs.flatten().tolist() != ours.flatten().tolist():
+            raise IncomparableError(f"the tokens differ: ours {ours.flatten().tolist()}, theirs "
+                                    f"{theirs.flatten().tolist()}")
 
-    def mine(self, name):
-        """A tensor of ours in float64."""
-        return self.ours[name].double()
+    def sibling(self, name, last):
+        """A quantity of the router in theirs, in the shape of ours, or None."""
+        at = name.partition("block_sparse_moe")[0] + f"block_sparse_moe.{last}"
+        theirs = self.theirs.get(at)
+        return None if theirs is None else reshaped(theirs, self.ours[at])
 
-    def before(self, name):
-        """What entered the norm or the layer of that name: the residual stream before it."""
-        n = layer_of(name)
-        if word(name) == "post_attention_layernorm":
-            return self.mine(f"model.layers.{n}.residual")
-        last = (n if n is not None else self.config["num_hidden_layers"]) - 1
-        return self.mine(f"model.layers.{last}" if last >= 0 else "model.embed_tokens")
+    def aligned(self, name, ours, tokens):
+        """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
 
+        `ours` is the tensor to compare with theirs, and `tokens` those of an expert's rows.
+        """
+        theirs, letters = self.theirs[name].double(), axes(name)
+        if letters[0] == "R":
+            return self.aligned_rows(name, ours, theirs, tokens)
+        theirs = reshaped(theirs, ours)
+        chosen = self.sibling(name, "chosen") if word(name) == "weights" else None
+        if chosen is not None and theirs is not None:  # theirs in the order in which ours chose
+            mine = self.ours[name.replace("weights", "chosen")]
+            theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
+        theirs = None if theirs is None else as_rows(theirs, letters)
+        if word(name) == "chosen" and theirs is not None:  # as a set
+            ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
+        return as_rows(ours, letters), theirs, torch.arange(len(self.real))
 
-def as_rows(x, letters):
-    """One row a token, the other axes behind it: (B, S, …), (B, H, S, T) or (N, …) -> (N, …)."""
-    if letters[:2] == ["B", "S"]:
-        return x.flatten(0, 1)
-    if letters == ["B", "H", "S", "T"]:
-        return x.transpose(1, 2).flatten(0, 1)
-    return x
+    def unknown(self):
+        """Names in theirs that are not ours, except weights."""
+        return sorted(name for name in set(self.theirs) - set(self.order)
+                      if not name.endswith(".weight") and ".experts." not in name)
 
+    def aligned_rows(self, name, ours, theirs, tokens):
+        """The rows of one expert, for the tokens that both sides routed to it."""
+        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
+        other = self.theirs.get(at + ".tokens")
+        if other is None and chosen is not None:
+            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
+        other = tokens if other is None else other.flatten().long()
+        if theirs.numel() != len(other) * ours[0].numel():
+            return ours, None, tokens
+        theirs = theirs.reshape(len(other), *ours.shape[1:])
+        mine, picked = torch.where(tokens[:, None] == other)
+        return ours[mine], theirs[picked], tokens[mine]
 
-def tokens_of(pair, name):
-    """The token, counted through the batch, that each row of a tensor belongs to."""
-    if axes(name)[0] == "visits":
-        return pair.ours[name.rpartition(".")[0] + ".tokens"]
-    S = pair.ours["tokens"].shape[1]
-    return torch.arange(len(pair.lengths) * S)
+    def expert_tokens(self, name, run=None):
+        """The tokens of an expert's rows, in a run or in our trace; None for other quantities."""
+        at = name.rpartition(".")[0] + ".tokens"
+        return None if axes(name)[0] != "R" else self.ours[at] if run is None else run[at]
 
+    def limits(self, name, before):
+        """The errors that rounding explains: by depth, and after the largest error before."""
+        layer = layer_of(name)
+        depth = self.trace.config["num_hidden_layers"] if layer is None else layer
+        depth = 0 if word(name) == "embed_tokens" else depth
+        return self.rounding * math.sqrt(depth + 1), max(self.rounding, JUMP * before)
 
-def errors(ours, theirs):
-    """Each row's length of difference by the usual length of a row; ∞ where masks differ."""
-    masked = ours == -math.inf
-    hidden = theirs <= -1e9  # as ports write −∞
-    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(masked & hidden, 0)
-    scale = ours.flatten(1).square().sum(1).mean().sqrt().clamp(min=1e-300)
-    found = (ours - theirs).flatten(1).norm(dim=1) / scale
-    return found.masked_fill((masked != hidden).flatten(1).any(1), math.inf).nan_to_num(
-        math.inf, math.inf)
-
-
-def in_order(pair, name, theirs):
-    """The weights of theirs in the order in which ours chose, where theirs says what it chose."""
-    chosen = name.replace("weights", "chosen")
-    if word(name) != "weights" or chosen not in pair.theirs:
-        return theirs
-    mine, other = pair.ours[chosen], pair.theirs[chosen].reshape(pair.ours[chosen].shape).long()
-    slots = (mine[:, :, None] == other[:, None]).double().argmax(-1)
-    return theirs.gather(1, slots)
-
-
-def visits_aligned(pair, name, ours, theirs):
-    """Rows of one expert for the tokens that both sent to it, and those tokens."""
-    at = name.rpartition(".")[0]
-    mine, other = pair.ours[at + ".tokens"], pair.theirs.get(at + ".tokens")
-    if other is None:
-        chosen = pair.theirs.get(at.partition(".experts.")[0] + ".chosen")
-        if chosen is None:
-            return ours, reshaped(theirs, ours), mine
-        e = int(at.rpartition(".")[2])
-        other = (chosen.reshape(-1, chosen.shape[-1]) == e).any(1).nonzero()[:, 0]
-    other = other.flatten().long()
-    if theirs.numel() != len(other) * ours[0].numel():
-        return ours, None, mine
-    theirs = theirs.reshape(len(other), *ours.shape[1:])
-    both = torch.tensor(sorted(set(mine.tolist()) & set(other.tolist())), dtype=torch.int64)
-    pick = [[int((x == token).nonzero()[0]) for token in both.tolist()] for x in (mine, other)]
-    return ours[pick[0]], theirs[pick[1]], both
+    def skipped(self, last, name):
+        """Our quantities after one tensor and before another that the port has not traced."""
+        start = self.order.index(last) + 1 if last else 1
+        return [n for n in self.order[start:self.order.index(name)]
+                if word(n) not in REDUNDANT and n not in self.theirs]
 
 
-def both(pair, name):
-    """Rows of ours and of theirs in float64 and their tokens; theirs is None if no shape fits."""
-    ours, theirs = pair.mine(name), pair.theirs[name].double()
-    if axes(name)[0] == "visits":
-        return visits_aligned(pair, name, ours, theirs)
-    theirs = reshaped(theirs, ours)
-    if theirs is None:
-        return as_rows(ours, axes(name)), None, tokens_of(pair, name)
-    theirs = in_order(pair, name, theirs)
-    return *(as_rows(x, axes(name)) for x in (ours, theirs)), tokens_of(pair, name)
+# ------------------------------------------------------------------ testing causes
 
 
-# Hypotheses: each yields words, and what theirs would be if they were true.
-
-
-def turned(x, theta, offset=0, neighbours=False, sign=1):
-    """The rotation of (B, S, heads, d) by other rules than ours."""
-    d = x.shape[-1]
-    position = torch.arange(x.shape[1], dtype=torch.float64) + offset
-    angle = sign * position[:, None] * theta ** (-torch.arange(0, d, 2).double() / d)
-    cos, sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
-    a, b = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, -1)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    return torch.stack((a, b), -1).flatten(-2) if neighbours else torch.cat((a, b), -1)
-
-
-def rotations(pair, name, theirs):
-    projected = pair.mine(name.replace("_rotated", "_proj"))
-    x = projected.unflatten(-1, (-1, pair.config["head_dim"]))
-    theta = pair.config["rope_theta"]
-    yield "not rotated", x
-    yield "pairs of neighbours (2i, 2i + 1) rotated instead of halves (i, i + d/2)", turned(
-        x, theta, neighbours=True)
-    yield "rotated the other way: −angle", turned(x, theta, sign=-1)
-    for offset in (1, -1, 2):
-        yield f"positions shifted by {offset:+}", turned(x, theta, offset)
-    for other in {1e4, 1e5, 5e5, 1e6, solved_theta(x, theirs)} - {theta, None}:
-        yield f"rope_theta {other:g} instead of {theta:g}", turned(x, other)
-
-
-def solved_theta(x, theirs):
-    """The θ that turns token 1's second pair as theirs, if there is one."""
-    if theirs is None or x.shape[1] < 2 or x.shape[-1] < 4:
-        return None
-    d = x.shape[-1]
-    pairs = [torch.complex(*(part[0, 1, 0, 1] for part in y.chunk(2, -1)))
-             for y in (x, theirs.reshape(x.shape))]
-    angle = (pairs[1] / pairs[0]).angle().item()
-    return float(f"{angle ** (-d / 2):.3g}") if 0 < angle < 1 else None
-
-
-def permutations(pair, name, theirs):
-    d = pair.config["head_dim"]
-    heads = pair.mine(name).unflatten(-1, (-1, d))
-    yield ("rows of each head in Mistral's order: neighbours are pairs; convert the weights",
-           heads.unflatten(-1, (2, d // 2)).transpose(-1, -2).flatten(-3))
-    yield ("rows of each head permuted once too often", heads.unflatten(
-        -1, (d // 2, 2)).transpose(-1, -2).flatten(-3))
-    yield from exchanged(pair, name, {"q_proj": [], "k_proj": ["v_proj"], "v_proj": ["k_proj"]})
-
-
-def exchanged(pair, name, others):
-    for other in others[word(name)]:
-        x = pair.ours.get(name.rpartition(".")[0] + "." + other)
-        if x is not None and x.shape == pair.ours[name].shape:
-            yield f"{word(name)} and {other} swapped", x.double()
-
-
-def attended(pair, name, what, scale=1.0, tiled=False, extra=0, causal=True, window=True):
-    """Scores, probabilities or mixed values by other rules than ours, from q, k and v."""
-    at, c = name.rpartition(".")[0], pair.config
-    q, k = pair.mine(at + ".q_rotated"), pair.mine(at + ".k_rotated")
-    v = pair.mine(at + ".v_proj").unflatten(-1, (-1, c["head_dim"]))
-    H, K, S = q.shape[2], k.shape[2], q.shape[1]
-    shared = torch.arange(H) % K if tiled else torch.arange(H) // (H // K)
-    i, j = torch.arange(S)[:, None], torch.arange(S)
-    mask = (j <= i) if causal else torch.ones(S, S, dtype=torch.bool)
-    if window and c["sliding_window"]:
-        mask = mask & (j > i - c["sliding_window"] - extra)
-    scores = torch.einsum("bshd,bthd->bhst", q, k[:, :, shared]) * scale / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~mask, -math.inf)
-    if what == "scores":
-        return scores
-    shares = scores.softmax(-1).nan_to_num(0.0)
-    return shares if what == "probabilities" else torch.einsum(
-        "bhst,bthd->bshd", shares, v[:, :, shared])
-
-
-def attentions(pair, name, theirs):
-    what, d, W = word(name), pair.config["head_dim"], pair.config["sliding_window"]
-    yield "scores not divided by √d", attended(pair, name, what, scale=math.sqrt(d))
-    yield "scores divided by d instead of √d", attended(pair, name, what, scale=d ** -0.5)
-    yield "query head h uses key head h mod K instead of h // (H/K)", attended(
-        pair, name, what, tiled=True)
-    yield "queries see later tokens: no causal mask", attended(pair, name, what, causal=False)
-    yield "no mask: every query sees every token", attended(
-        pair, name, what, causal=False, window=False)
-    if W:
-        for extra in (1, -1):
-            yield (f"window off by one: {W + extra} keys instead of {W}",
-                   attended(pair, name, what, extra=extra))
-        yield f"no window: all earlier keys instead of {W}", attended(
-            pair, name, what, window=False)
-
-
-def norms(pair, name, theirs):
-    x, y, eps = pair.before(name), pair.mine(name), pair.config["rms_norm_eps"]
-
-    def unit(x, eps):
-        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-
-    # The weight follows from ours, where no feature is always zero.
-    weight = (y * unit(x, eps)).flatten(0, -2).sum(0) / unit(x, eps).square().flatten(0, -2).sum(0)
-    yield "the norm is missing", x
-    yield "the norm's weight is missing", unit(x, eps)
-    yield "the norm's weight is 1 + weight", unit(x, eps) * (1 + weight)
-    yield "LayerNorm instead of RMSNorm", unit(x - x.mean(-1, keepdim=True), eps) * weight
-    yield "divided by the sum of squares, not by their mean", unit(x, eps) * weight / math.sqrt(
-        x.shape[-1])
-    for other in (0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2):
-        if other != eps:
-            yield f"rms_norm_eps {other:g} instead of {eps:g}", unit(x, other) * weight
-
-
-def residuals(pair, name, theirs):
-    at = f"model.layers.{layer_of(name)}"
-    inside = word(name) == "residual"
-    added = pair.mine(f"{at}.self_attn.o_proj" if inside else f"{at}.block_sparse_moe")
-    x = pair.before(f"{at}.input_layernorm") if inside else pair.mine(f"{at}.residual")
-    norm = pair.mine(f"{at}.input_layernorm" if inside else f"{at}.post_attention_layernorm")
-    what = "attention" if inside else "mixture"
-    yield "the residual stream is not added", added
-    yield f"the {what} is not added", x
-    yield f"the {what} is added to the normed stream", norm + added
-    yield f"the {what} is added twice", x + 2 * added
-
-
-def routings(pair, name, theirs):
-    logits = pair.mine(name.replace("weights", "gate"))
-    chosen = pair.ours[name.replace("weights", "chosen")]
-    k, raw = chosen.shape[1], logits.gather(1, chosen)
-    yield ("missing renormalisation: softmax over all experts, and no more",
-           logits.softmax(-1).gather(1, chosen))
-    yield "router logits used without a softmax", raw
-    yield "equal weights", torch.full_like(raw, 1 / k)
-    yield "sigmoid instead of softmax", raw.sigmoid()
-    yield "sigmoid, normalised, instead of softmax", F.normalize(raw.sigmoid(), p=1, dim=1)
-    yield "softmax taken twice", raw.softmax(-1).softmax(-1)
-    yield "the weights of the experts are exchanged", pair.mine(name).flip(1)
-
-
-def gates(pair, name, theirs):
-    yield from exchanged(pair, name, {"w1": ["w3"], "w3": ["w1"]})
-
-
-def hiddens(pair, name, theirs):
-    at = name.rpartition(".")[0]
-    gate, up = pair.mine(at + ".w1"), pair.mine(at + ".w3")
-    yield "w1 and w3 swapped: silu is w1's", F.silu(up) * gate
-    yield "no silu", gate * up
-    yield "gelu instead of silu", F.gelu(gate) * up
-    yield "tanh-gelu instead of silu", F.gelu(gate, approximate="tanh") * up
-    yield "relu instead of silu", F.relu(gate) * up
-    yield "w3 is missing", F.silu(gate)
-    yield "sigmoid instead of silu", gate.sigmoid() * up
-
-
-def mixtures(pair, name, theirs):
-    chosen, weights = pair.ours[name + ".chosen"], pair.mine(name + ".weights")
-    logits = pair.mine(name + ".gate")
-
-    def mixed(share):
-        y = torch.zeros(len(chosen), pair.ours[name].shape[-1], dtype=torch.float64)
-        for e in range(logits.shape[1]):
-            if f"{name}.experts.{e}.w2" in pair.ours:
-                tokens = pair.ours[f"{name}.experts.{e}.tokens"]
-                slot = (chosen[tokens] == e).long().argmax(-1)
-                y[tokens] += share[tokens, slot][:, None] * pair.mine(f"{name}.experts.{e}.w2")
-        return y.view_as(pair.ours[name])
-
-    first = torch.zeros_like(weights)
-    first[:, 0] = 1
-    yield "the experts are added without weights", mixed(torch.ones_like(weights))
-    yield ("missing renormalisation: weights of a softmax over all experts",
-           mixed(logits.softmax(-1).gather(1, chosen)))
-    yield "only the first expert is used", mixed(first)
-    yield "only the first expert is used, with its weight", mixed(first * weights)
-    yield "weights applied twice", mixed(weights.square())
-    yield "the weights of the experts are exchanged", mixed(weights.flip(1))
-
-
-def anywhere(pair, name, theirs):
-    """What may happen to any quantity: other axes, other tokens, another factor."""
-    ours = pair.mine(name)
-    raw, letters = pair.theirs[name].double(), axes(name)
-    apart = ours.unflatten(-1, (-1, pair.config["head_dim"])) if "·" in letters[-1] else ours
-    for source, how in itertools.product((apart, ours), itertools.permutations(range(apart.ndim))):
-        if len(how) == source.ndim and list(how) != sorted(how) and (
-                bare(source.permute(how).shape) == bare(raw.shape)
-                or theirs is not None and source is apart is not ours):
-            try:
-                back = raw.reshape(source.permute(how).shape).permute(
-                    sorted(range(len(how)), key=how.__getitem__))
-            except RuntimeError:
-                continue
-            # As theirs cannot be put beside ours, ours is put beside theirs, and both come back.
-            yield "transposed: its axes are in another order", (source.reshape(ours.shape),
-                                                               back.reshape(ours.shape))
+def anywhere(pair, name):
+    """What can happen to any quantity, as (description, ours, theirs)."""
+    ours, raw, letters = pair.ours[name].double(), pair.theirs[name].double(), axes(name)
+    theirs = reshaped(raw, ours)
+    split = [part for letter in letters for part in letter.split("·")]
+    apart = ours if split == letters else ours.unflatten(-1, (-1, pair.trace.config["head_dim"]))
+    for how in itertools.permutations(range(apart.ndim)) if raw.numel() == ours.numel() else ():
+        moved = [n for n in how if apart.shape[n] > 1]
+        if moved != sorted(moved):
+            back = raw.reshape([apart.shape[n] for n in how]).permute(
+                [how.index(n) for n in range(len(how))])
+            yield (f"its axes are in the order {' '.join(split[n] for n in how)} instead of "
+                   f"{' '.join(split)}", ours, back.reshape(ours.shape))
     if theirs is None:
         return
     if "S" in letters:
         at = letters.index("S")
         for by in (1, -1):
-            yield f"shifted by {by:+} token", ours.roll(by, at), by
-    if (ours.isfinite() & theirs.isfinite()).all() and ours.square().sum() > 0:
+            moved = ours.roll(by, at)
+            moved.select(at, 0 if by > 0 else -1).fill_(math.nan)
+            yield f"it is shifted by {by:+} token", moved, theirs
+    for other, x in pair.ours.items():
+        if x.is_floating_point() and other != name and x.shape == ours.shape and (
+                layer_of(other) in (layer_of(name), None)):
+            yield f"it holds our {other}", x.double(), theirs
+    if (ours.isfinite() & theirs.isfinite()).all() and ours.any():
         factor = ((ours * theirs).sum() / ours.square().sum()).item()
-        yield f"multiplied by {factor:.4g}", ours * factor
+        yield f"it is multiplied by {factor:.6g}", ours * factor, theirs
 
 
-HYPOTHESES = {
-    "q_rotated": rotations, "k_rotated": rotations, "q_proj": permutations,
-    "k_proj": permutations, "v_proj": permutations, "scores": attentions,
-    "probabilities": attentions, "mixed": attentions, "input_layernorm": norms,
-    "post_attention_layernorm": norms, "norm": norms, "residual": residuals, "layer": residuals,
-    "weights": routings, "w1": gates, "w3": gates, "hidden": hiddens, "block_sparse_moe": mixtures}
-
-
-def candidates(pair, name, theirs):
-    """Words, our rows by that hypothesis and their rows to hold them against."""
-    own = HYPOTHESES.get(word(name))
-    for source in (own, anywhere):
-        try:
-            for words, x, *more in source(pair, name, theirs) if source else ():
-                mine, other = x if isinstance(x, tuple) else (x, theirs)
-                if other is not None and mine.shape == other.shape:
-                    rows = [as_rows(y, axes(name)) for y in (mine, other)]
-                    yield words, *rows, (more or [0])[0]
-        except KeyError:  # a layer before, or another quantity, is not in our trace
-            continue
-
-
-def cause(pair, name, error):
-    """The hypothesis that is nearest to theirs, if it is much nearer than ours, and how near."""
-    theirs = pair.theirs[name].double()
-    shaped = reshaped(theirs, pair.ours[name])
-    if shaped is not None:
-        shaped = in_order(pair, name, shaped)
-    S, best = pair.ours["tokens"].shape[1], (math.inf, None)
-    for words, mine, other, by in candidates(pair, name, shaped):
-        found = errors(mine, other)
-        if by and axes(name)[0] != "visits":  # a shift says nothing of the row that falls out
-            kept = torch.arange(len(found)) % S
-            found = found[(kept != 0) if by > 0 else (kept != S - 1)]
-        best = min(best, (found.max().item() if len(found) else math.inf, words),
-                   key=lambda pair: pair[0])
-    near = max(FLOOR * pair.eps, min(error, 1) / NEARER)
-    return best if best[0] <= near else lower_precision(theirs, pair.mine(name), error)
-
-
-def lower_precision(theirs, ours, error):
-    """Rounding to a shorter dtype, proved by their numbers having no more bits than it holds."""
+def rounded(ours, theirs):
+    """The dtype to which theirs was rounded, or None. Nearly all numbers must be equal then."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if theirs.is_floating_point() and theirs.to(dtype).double().equal(theirs):
-            if error < 4 * torch.finfo(dtype).eps:
-                return error, f"rounded to {str(dtype)[6:]} here"
-            return math.inf, None
-    return math.inf, None
+        if theirs.to(dtype).double().equal(theirs.double()):
+            near = (ours.to(dtype).double() == theirs.double()).double().mean()
+            return dtype if theirs.dtype.itemsize > dtype.itemsize and near > 0.9 else None
+    return None
 
 
-def flips(pair, name, clean):
-    """Tokens whose set of experts differs: (token, margin, whether that is no near tie)."""
-    mine, other = pair.ours[name], pair.theirs[name].long()
-    if other.numel() != mine.numel():
-        raise Incomparable(f"{name}: ours chose {list(mine.shape)}, theirs {list(other.shape)}")
-    other, logits = other.reshape(mine.shape), pair.mine(name.replace("chosen", "gate"))
-    apart = (mine.sort(-1)[0] != other.sort(-1)[0]).any(-1) & clean
-    gate = pair.theirs.get(name.replace("chosen", "gate"))
-    gate = None if gate is None else reshaped(gate.double(), logits)
-    for token in apart.nonzero()[:, 0].tolist():
-        # The gap in our logits that theirs must have closed to choose otherwise.
-        gap = logits[token, mine[token]].min() - logits[token, other[token]].min()
-        allowed = FLOOR * pair.eps * logits[token].abs().max()
-        if gate is not None:
-            allowed = torch.minimum(allowed * 16, 4 * pair.eps * logits[token].abs().max()
-                                    + 2 * (gate[token] - logits[token]).abs().max())
-        yield token, gap.item(), gap.item() > allowed.item()
+class Diagnosis:
+    """Tests all causes of a difference.
+
+    `equal` has the names of the tensors that are equal, `bad` marks the tokens that differ, `keep`
+    those that can be compared. What was not tested for lack of weights is in `untested`.
+    """
+
+    def __init__(self, pair, name, equal, bad, keep, limit):
+        self.pair, self.name, self.equal = pair, name, equal
+        self.bad, self.keep, self.limit, self.untested = bad, keep, limit, set()
+        self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
+
+    def remaining(self, name, mine, tokens=None, theirs=None):
+        """The largest error of theirs against `mine`, or ∞ if no row that differed is left.
+
+        Rows of `mine` with NaN are left out: a softmax over nothing gives no number to compare.
+        """
+        if theirs is None:
+            mine, theirs, tokens = self.pair.aligned(name, mine, tokens)
+        else:
+            mine, theirs = (as_rows(x, axes(name)) for x in (mine, theirs))
+            tokens = torch.arange(len(mine)) if tokens is None else tokens
+        if theirs is None or not len(mine):
+            return math.inf
+        use = self.keep[tokens] & ~mine.flatten(1).isnan().any(1)
+        return row_errors(mine[use], theirs[use]).max().item() if (
+            use & self.bad[tokens]).any() else math.inf
+
+    def runs(self):
+        """Every cause that can reach the difference: in all its quantities, and in each alone."""
+        for cause in CAUSES:
+            words = tuple(cause.words.split())
+            reaching = [w for w in words if Run(
+                self.pair.trace, cause, None, (w,), self.equal).affected(self.name)]
+            if not reaching:
+                continue
+            theirs = self.theirs if word(self.name) in reaching else None
+            place = Run(self.pair.trace, theirs=theirs).place_of(reaching[0], self.name)
+            values = cause.values(place) if callable(cause.values) else cause.values or [None]
+            for value, part in itertools.product(
+                    values, dict.fromkeys([words, *((w,) for w in reaching)])):
+                only = "" if part == words else f", in {part[0]} only"
+                yield cause.describe(value) + only, Run(
+                    self.pair.trace, cause, value, part, self.equal, theirs)
+
+    def proved(self):
+        """All proved causes as (text, remaining error, run or None), the best one first."""
+        found = []
+        for text, run in self.runs():
+            try:
+                mine = run.reach(self.name)
+                error = self.remaining(self.name, mine, self.pair.expert_tokens(self.name, run))
+            except MissingError:
+                self.untested.add(run.cause.text)
+                continue
+            except InapplicableError:
+                continue
+            found.append((text, error, run))
+        tokens = self.pair.expert_tokens(self.name)
+        found += [(text, self.remaining(self.name, mine, tokens, theirs), None)
+                  for text, mine, theirs in anywhere(self.pair, self.name)]
+        found = [cause for cause in found if cause[1] <= self.limit]
+        least = 4 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
+        return sorted(found, key=lambda cause: (cause[1] > least, -len(self.follows(cause[2])[0])))
+
+    def follows(self, run):
+        """The later tensors of the layer that a run makes equal, and those that it does not."""
+        result, order = ([], []), self.pair.shared
+        for name in order[order.index(self.name) + 1:] if run else ():
+            if layer_of(name) == layer_of(self.name) and run.affected(name):
+                try:
+                    mine, tokens = run[name], self.pair.expert_tokens(name, run)
+                except LookupError:  # a weight is missing
+                    continue
+                error = self.remaining(name, mine, tokens)
+                result[error > self.pair.rounding].append(name)
+        return result
 
 
-def spread(tainted, S):
-    """From the next layer on, what a flipped token may have reached: its row's later tokens."""
-    rows = tainted.view(-1, S)
-    return (rows.cumsum(1) > 0).flatten()
+# ------------------------------------------------------------------ comparing
 
 
-class Report:
-    """What is said at the end."""
-
-    def __init__(self, pair):
-        self.pair, self.lines, self.table, self.flips, self.worst = pair, [], [], 0, (0.0, "-")
-        self.seen = 0.0
-        S = pair.ours["tokens"].shape[1]
-        self.real = torch.cat([torch.arange(S) < n for n in pair.lengths])
-        self.tainted = torch.zeros_like(self.real)
-
-
-def where(pair, name, ours, theirs, tokens):
-    """The largest difference, its place, and which tokens and heads differ at all."""
+def describe_place(pair, name, ours, theirs, tokens):
+    """One sentence about the largest difference of some rows."""
     difference = (ours - theirs).abs().nan_to_num(0.0, math.inf)  # −∞ on both sides is equal
-    place = [int(n) for n in torch.unravel_index(difference.argmax(), difference.shape)]
-    S, index = pair.ours["tokens"].shape[1], tuple(place)
+    place = tuple(int(n) for n in torch.unravel_index(difference.argmax(), difference.shape))
     token = int(tokens[place[0]])
-    letters = [a for a in axes(name) if a not in ("B", "S", "N", "visits")]
-    words = [f"row {token // S}, token {token % S}"]
+    words = [f"row {token // pair.S}, token {token % pair.S}"]
+    letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")]
     for letter, n in zip(letters, place[1:], strict=True):
-        head, _, d = letter.partition("·")
-        words += ([f"{LABELS[head]} {n // pair.config['head_dim']}, "
-                   f"feature {n % pair.config['head_dim']}"] if d else [f"{LABELS[letter]} {n}"])
+        head, _, feature = letter.partition("·")
+        d = pair.trace.config["head_dim"]
+        words.append(f"{LABELS[head]} {n // d}, feature {n % d}" if feature else
+                     f"{LABELS[letter]} {n}")
     if expert := re.search(r"experts\.(\d+)", name):
         words.append(f"expert {expert[1]}")
-    a, b, size = ours[index].item(), theirs[index].item(), difference[index].item()
-    line = f"ours {a:.6g}, theirs {b:.6g} at {', '.join(words)}"
-    if not math.isfinite(size):
-        return [line]
-    ulp = pair.eps * 2.0 ** math.floor(math.log2(max(abs(a), 1e-300)))
-    return [line, f"largest difference {size:.3g}, relative {size / max(abs(a), 1e-300):.3g}, "
-            f"{size / ulp:.3g} ulps of {str(pair.dtype)[6:]}"]
+    a, b, size = ours[place].item(), theirs[place].item(), difference[place].item()
+    ulp = pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))) if a and math.isfinite(a) else 0.0
+    ulps = f" ({size / ulp:.3g} ulps of {str(pair.dtype)[6:]})" if ulp else ""
+    return (f"The largest difference is {size:.3g}{ulps} at {', '.join(words)}: ours {a:.6g}, "
+            f"theirs {b:.6g}.")
 
 
-def extent(pair, found, tokens, limit):
-    S = pair.ours["tokens"].shape[1]
-    bad = [int(t) for t, e in zip(tokens.tolist(), found.tolist(), strict=True) if e > limit]
-    return f"beyond rounding at {len(bad)} of {len(found)} rows, the first at token {bad[0] % S}" \
-        if bad else ""
+def flip(p, *tokens):
+    """The experts if at these tokens the first refused expert takes the place of the last one."""
+    chosen, A = p.plain().clone(), p.plain().shape[1]
+    for token in tokens:
+        chosen[token, -1] = p["gate"][token].sort(descending=True, stable=True)[1][A]
+    return chosen
 
 
-def limits(pair, name, seen):
-    """What rounding explains: by depth, and as a jump over the largest error before."""
-    n = layer_of(name)
-    depth = (n if n is not None else pair.config["num_hidden_layers"] * (
-        word(name) != "embed_tokens")) + 1
-    return FLOOR * depth * pair.eps, max(FLOOR * pair.eps, JUMP * seen)
+class Comparison:
+    """Walks through the tensors that both files have, up to the first difference and beyond."""
+
+    def __init__(self, pair, args):
+        self.pair, self.args = pair, args
+        self.tolerances = args.rtol is not None or args.atol is not None
+        self.equal, self.errors, self.flips, self.different = [], {}, [], []
+        self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
+        self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
+
+    def walk(self):
+        layer = None
+        for name in self.pair.shared:
+            if layer_of(name) != layer:  # attention takes a flip to the later tokens of its row
+                layer = layer_of(name)
+                self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
+            difference = (self.choices if word(name) == "chosen" else self.numbers)(name)
+            if difference is None:
+                self.equal.append(name)
+                continue
+            self.different.append(name)
+            if self.first is None:
+                self.first = name, difference()
+            if word(name) == "chosen":
+                break  # other experts ran: nothing that follows can be compared
+        return self
+
+    def numbers(self, name):
+        """None if a tensor is equal, else a function that returns sentences about it."""
+        pair, keep = self.pair, self.pair.real & ~self.tainted
+        tokens = pair.expert_tokens(name)
+        ours, theirs, tokens = pair.aligned(name, pair.ours[name].double(), tokens)
+        if theirs is None:
+            return lambda: self.shapes(name)
+        kept = keep[tokens]
+        ours, theirs, tokens = ours[kept], theirs[kept], tokens[kept]
+        if not len(ours):
+            return None
+        found, limits = row_errors(ours, theirs), pair.limits(name, self.largest)
+        self.errors[name] = error = found.max().item()
+        bad = found > min(limits)
+        if self.tolerances:
+            bad = ~torch.isclose(theirs, ours, rtol=self.args.rtol or 0.0,
+                                 atol=self.args.atol or 0.0).flatten(1).all(1)
+        if not bad.any() or not self.tolerances and self.hidden_flips(name, tokens[bad], limits):
+            self.largest = max(self.largest, found[~bad].max().item() if (~bad).any() else 0.0)
+            return None
+        at = f"{describe_place(pair, name, ours, theirs, tokens)}"
+        return lambda: self.explain(name, at, found, bad, tokens, limits, error)
+
+    def hidden_flips(self, name, bad, limits):
+        """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
+        chosen = name.partition(".block")[0] + ".block_sparse_moe.chosen"
+        if word(name) not in ("layer", "block_sparse_moe") or chosen in self.pair.theirs or (
+                not all(self.margin(chosen, t) < self.allowed(chosen, t) for t in bad.tolist())):
+            return False
+        marked = torch.zeros_like(self.tainted).index_fill_(0, bad, True)
+        run = Run(self.pair.trace, Cause("chosen", "", flip), tuple(bad.tolist()), ("chosen",),
+                  self.equal)
+        test = Diagnosis(self.pair, name, self.equal, marked, self.pair.real & ~self.tainted, 0.0)
+        try:
+            if test.remaining(name, run.reach(name)) > min(limits):
+                return False
+        except MissingError:
+            return False
+        self.flips += [(chosen, t, self.margin(chosen, t)) for t in bad.tolist()]
+        self.tainted |= marked
+        return True
+
+    def logits(self, chosen, token):
+        return self.pair.ours[chosen.replace("chosen", "gate")][token].double()
+
+    def margin(self, chosen, token):
+        """The logit of the last chosen expert minus that of the first refused one."""
+        best, A = self.logits(chosen, token).sort(descending=True)[0], self.pair.ours[chosen].shape[1]
+        return (best[A - 1] - best[A]).item() if A < len(best) else math.inf
+
+    def allowed(self, chosen, token):
+        """By how much rounding can change the difference of two router logits of a token."""
+        logits = self.logits(chosen, token)
+        usual = self.pair.rounding * logits.abs().max().item()
+        theirs = self.pair.sibling(chosen, "gate")
+        if theirs is None:
+            return usual
+        apart = (theirs[token].double() - logits).abs().max().item()
+        return min(16 * usual, 4 * self.pair.epsilon * logits.abs().max().item() + 2 * apart)
+
+    def choices(self, chosen):
+        """Like `numbers` for the experts: None if they are the same or a flip explains each."""
+        mine, other = self.pair.ours[chosen], reshaped(self.pair.theirs[chosen].long(),
+                                                       self.pair.ours[chosen])
+        if other is None:
+            return lambda: self.shapes(chosen)
+        apart = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
+        wrong = torch.zeros_like(apart)
+        for token in apart.nonzero()[:, 0].tolist():
+            logits, E = self.logits(chosen, token), self.logits(chosen, token).shape[0]
+            new = other[token]
+            gap = (logits[mine[token]].min() - logits[new].min()).item() if (
+                new.min() >= 0 and new.max() < E) else math.inf
+            if gap <= self.allowed(chosen, token):
+                self.flips.append((chosen, token, gap))
+                self.tainted[token] = True
+            else:
+                wrong[token] = True
+        if not wrong.any():
+            return None
+        token = int(wrong.nonzero()[0])
+        gap = self.margin(chosen, token)
+        return lambda: [
+            f"{int(wrong.sum())} of {len(wrong)} tokens have other experts. At token "
+            f"{token % self.pair.S} ours chose {mine[token].tolist()} and theirs "
+            f"{other[token].tolist()}. Our margin is {gap:.3g}, so this is no near tie.",
+            *self.cause(chosen, wrong, self.pair.rounding)]
+
+    def shapes(self, name):
+        pair = self.pair
+        everything = torch.ones_like(pair.real)
+        return [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
+                f"{list(pair.ours[name].shape)}.", *self.cause(name, everything, pair.rounding)]
+
+    def explain(self, name, at, found, bad, tokens, limits, error):
+        """Sentences about a tensor whose numbers differ."""
+        pair, limit = self.pair, min(limits)
+        first = int(tokens[bad][0]) % pair.S
+        lines = [at, f"{int(bad.sum())} of {len(bad)} rows differ, the first at token {first}. The "
+                 f"largest error of a row is {error:.2g}; rounding explains {limit:.2g}."]
+        if not pair.theirs[name].isfinite().all() and pair.ours[name].isfinite().all():
+            lines.append("Theirs has infinite numbers or NaN.")
+        if pair.trace.chunk and first and first % pair.trace.chunk == 0:
+            lines.append(f"Token {first} is the first of a call of {pair.trace.chunk} tokens, which "
+                         "points to the cache.")
+        marked = torch.zeros_like(pair.real).index_fill_(0, tokens[bad], True)
+        drift = not self.tolerances and error <= limits[1]
+        return lines + self.cause(name, marked, limit, error, drift)
+
+    def cause(self, name, bad, limit, error=math.inf, drift=False):
+        """Sentences about the proved causes, or about what to do if there are none."""
+        limit = min(limit / 4, error / NEARER) if word(name) != "chosen" else 0.0
+        test = Diagnosis(self.pair, name, self.equal, bad, self.pair.real & ~self.tainted, limit)
+        causes = test.proved()
+        if not causes:
+            dtype = None if test.theirs is None else rounded(
+                self.pair.ours[name], self.pair.theirs[name])
+            if dtype and error < 4 * torch.finfo(dtype).eps:
+                return [f"Cause: the numbers are rounded to {str(dtype)[6:]}."]
+            return self.not_found(name, test, drift)
+        text, remaining, run = causes[0]
+        lines = [f"Cause: {text}. With it, the error that remains is {remaining:.2g}."]
+        equal, rest = test.follows(run)
+        if rest:
+            lines.append(f"It does not explain {rest[0]}, so there is another error.")
+        elif equal:
+            lines.append(f"It also explains the {len(equal)} later tensors of the layer that depend "
+                         "on it.")
+        mixture = f"model.layers.{layer_of(name)}.block_sparse_moe"
+        if run and run.cause.note and mixture in self.pair.shared and (
+                self.numbers(mixture) is None):
+            lines.append(run.cause.note)
+        others = [text for text, *_ in causes[1:] if text.partition(", in ")[0] not in lines[0]]
+        if others:
+            lines.append(f"The same numbers would follow if {'; or if '.join(others[:3])}.")
+        return lines
+
+    def not_found(self, name, test, drift):
+        if drift:
+            return ["Cause: no single operation. The error drifts: it grew without a jump, as lower "
+                    "precision inside the port makes it. Largest error per layer: " + ", ".join(
+                        f"{n}: {e:.2g}" for n, e in self.by_layer()) + "."]
+        lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
+        if test.untested:
+            lines.append(f"{len(test.untested)} causes could not be tested without the weights; "
+                         "give the directory of the model with --model.")
+        if skipped := self.pair.skipped(self.equal[-1] if self.equal else None, name):
+            main = [n for n in skipped if ".experts." not in n] or skipped
+            lines.append(f"Trace {main[len(main) // 2]} next.")
+        return lines
+
+    def by_layer(self):
+        """The largest error of each layer."""
+        largest = {}
+        for name, error in self.errors.items():
+            if layer_of(name) is not None:
+                largest[layer_of(name)] = max(largest.get(layer_of(name), 0.0), error)
+        return sorted(largest.items())
 
 
-def judge(pair, report, name, args, explain):
-    """None where a tensor agrees, else the lines that say how it differs, if they are wanted."""
-    ours, theirs, tokens = both(pair, name)
-    if theirs is None and not explain:
-        return ["another shape"]
-    if theirs is None:
-        _, words = cause(pair, name, math.inf)
-        return [f"shape {list(pair.theirs[name].shape)}, ours {list(pair.ours[name].shape)}",
-                f"cause: {words}" if words else "cause: not found"]
-    keep = (report.real & ~report.tainted)[tokens]
-    ours, theirs, tokens = ours[keep], theirs[keep], tokens[keep]
-    if not len(ours):
-        return None
-    found = errors(ours, theirs)
-    error = found.max().item()
-    report.table.append((name, error))
-    if args.rtol is not None or args.atol is not None:
-        close = torch.isclose(theirs, ours, rtol=args.rtol or 0.0, atol=args.atol or 0.0)
-        limit, bad = 0.0, not close.all()
-    else:
-        by_depth, by_jump = limits(pair, name, report.seen)
-        limit, bad = min(by_depth, by_jump), error > by_depth or error > by_jump
-    if not bad:
-        report.seen = max(report.seen, error)
-        report.worst = max(report.worst, (error, name))
-        return None
-    if not explain:
-        return ["differs"]
-    lines = [*where(pair, name, ours, theirs, tokens),
-             f"error of the worst row {error:.3g}; {extent(pair, found, tokens, limit)}"]
-    near, words = cause(pair, name, error)
-    if words:
-        return [*lines, f"cause: {words}; then equal to {near:.2g}"]
-    if args.rtol is None and args.atol is None and error <= by_jump:
-        return [*lines, "drift: it grew without a jump, as from lower precision inside; "
-                "per layer: " + ", ".join(f"{n} {e:.2g}" for n, e in by_layer(report))]
-    return [*lines, f"cause: not found; the largest error before it was {report.seen:.2g}"]
+# ------------------------------------------------------------------ the command
 
 
-def by_layer(report):
-    """The largest error of each layer so far."""
-    largest = {}
-    for name, error in report.table:
-        if (n := layer_of(name)) is not None:
-            largest[n] = max(largest.get(n, 0.0), error)
-    return sorted(largest.items())
-
-
-def routing(pair, report, name):
-    """None where the same experts were chosen or the flips are near ties, else what differs."""
-    wrong = []
-    for token, gap, real in flips(pair, name, report.real & ~report.tainted):
-        at = f"token {token % pair.ours['tokens'].shape[1]}"
-        if real:
-            wrong.append(f"another choice of experts at {at}, by a margin of {gap:.3g}: no near "
-                         f"tie, ours {pair.ours[name][token].tolist()}, theirs "
-                         f"{pair.theirs[name].reshape(pair.ours[name].shape)[token].tolist()}")
-        else:
-            report.flips += 1
-            report.tainted[token] = True
-            print(f"routing flip, no error: {name}, {at}, margin {gap:.2g}")
-    return wrong or None
-
-
-def compared(pair, args):
-    """The report, and the name and lines of the first difference, or None."""
-    report, first, last, layer = Report(pair), None, "the start", None
-    S = pair.ours["tokens"].shape[1]
-    for name in pair.shared:
-        if word(name) in DERIVED:
-            continue
-        if layer_of(name) != layer:
-            layer, report.tainted = layer_of(name), spread(report.tainted, S)
-        lines = (routing(pair, report, name) if word(name) == "chosen"
-                 else judge(pair, report, name, args, first is None))
-        if lines:
-            first = first or (name, last, lines)
-            report.lines.append(name)
-            if not args.all and word(name) == "chosen":
-                break
-        elif not first:
-            last = name
-    return report, first
-
-
-def tell(pair, report, first, args):
-    """Print the verdict; 0 if equal within rounding."""
-    lacking = len([n for n in pair.order if word(n) not in DERIVED]) - len(
-        [n for n in pair.shared if word(n) not in DERIVED])
-    print(f"compared {len(report.table)} tensors to {str(pair.dtype)[6:]} rounding; "
-          f"theirs lacks {lacking} of ours"
-          + (f"; not ours: {', '.join(pair.unknown[:5])}" if pair.unknown else ""))
+def verdict(pair, found, args):
+    """All sentences, and the exit code."""
+    dtype = str(pair.dtype)[6:]
+    yield (f"Compared {len(found.equal) + len(found.different)} tensors with {dtype} rounding. The "
+           f"port's file lacks {len(pair.skipped(None, pair.order[-1]))} of ours.")
+    if pair.unknown():
+        yield f"It has other names too: {', '.join(pair.unknown()[:5])}."
     if args.all:
-        for name, error in report.table:
-            print(f"{error:10.3g}  {name}")
-    if not first:
-        print(f"equal within {str(pair.dtype)[6:]} rounding: the largest error is "
-              f"{report.worst[0]:.2g}, at {report.worst[1]}; routing flips: {report.flips}")
-        return 0
-    name, last, lines = first
-    print(f"first difference: {name}; before it {last} is equal")
-    print("\n".join("  " + line for line in lines))
-    if skipped := pair.order[pair.order.index(last) + 1 if last in pair.order else 1:
-                             pair.order.index(name)]:
-        skipped = [n for n in skipped if word(n) not in DERIVED and n not in pair.theirs]
-        if skipped:
-            print(f"  not in theirs, and perhaps the place: {', '.join(skipped[:4])}"
-                  + (", …" if len(skipped) > 4 else ""))
-    print(f"  later tensors that differ as well: {len(report.lines) - 1}")
-    return 1
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"compare.py: {message}; see --help\n")
+        yield from (f"{error:10.3g}  {name}" for name, error in found.errors.items())
+    for chosen, token, gap in found.flips:
+        why = "the logits are equal, and here the lower index is chosen" if gap == 0 else (
+            f"the margin is {gap:.2g}")
+        yield (f"Routing flip, no error: {chosen}, row {token // pair.S}, token {token % pair.S}; "
+               f"{why}.")
+    if found.first is None:
+        name, error = max(found.errors.items(), key=lambda x: x[1], default=("none", 0.0))
+        yield (f"Equal within {dtype} rounding. The largest error is {error:.2g}, in {name}. "
+               f"Routing flips: {len(found.flips)}.")
+        return
+    name, lines = found.first
+    before = [n for n in found.equal if pair.order.index(n) < pair.order.index(name)]
+    yield f"The first tensor that differs is {name}."
+    if before:
+        yield f"  {before[-1]}, before it, is equal."
+    skipped = pair.skipped(before[-1] if before else None, name)
+    if skipped:
+        yield (f"  The error is made between the two. Not traced there: {', '.join(skipped[:4])}"
+               f"{', …' if len(skipped) > 4 else ''}.")
+    yield from (f"  {line}" for line in lines)
+    yield f"  Later tensors that differ too: {len(found.different) - 1}."
 
 
 def arguments(argv):
-    p = Parser(prog="compare.py", description="Say where and why a port differs.")
-    p.add_argument("ours", type=Path, help="a trace of generate.py --trace, or a golden file")
-    p.add_argument("theirs", type=Path, help="a safetensors file of the port's intermediates")
-    p.add_argument("--rtol", type=float, help="hold elements to rtol · |ours| + atol instead")
+    p = argparse.ArgumentParser(prog="compare.py", allow_abbrev=False,
+                                description="Find where and why a port differs.")
+    p.add_argument("ours", type=Path, help="a golden file or a file of trace.py")
+    p.add_argument("theirs", type=Path, help="a safetensors file of the port's quantities")
+    p.add_argument("--names", type=Path, metavar="JSON", help="an object {their name: our name}")
+    p.add_argument("--model", type=Path, metavar="DIR",
+                   help="the checkpoint of a trace, so that causes far from the difference can be "
+                        "tested; golden files hold their weights")
+    p.add_argument("--chunk", type=int, metavar="N", default=0,
+                   help="tokens per call of the port (default: that of the golden file, else all)")
+    p.add_argument("--rtol", type=float, help="compare elements, with rtol·|ours| + atol")
     p.add_argument("--atol", type=float)
-    p.add_argument("--names", type=Path, metavar="JSON", help="an object of their name: our name")
     p.add_argument("--all", action="store_true", help="list the error of every tensor")
     return p.parse_args(argv)
 
@@ -665,18 +617,20 @@ def read_names(path):
     try:
         names = json.loads(path.read_text(encoding="utf-8")) if path else {}
     except (OSError, ValueError) as error:
-        raise Incomparable(f"{path}: not readable as JSON: {error}") from None
+        raise IncomparableError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(names, dict):
-        raise Incomparable(f"{path}: wanted an object of their name: our name")
+        raise IncomparableError(f"{path}: must hold an object {{their name: our name}}")
     return names
 
 
 def main(argv=None):
     args = arguments(argv)
     try:
-        pair = Pair(args.ours, args.theirs, read_names(args.names))
-        return tell(pair, *compared(pair, args), args)
-    except Incomparable as error:
+        pair = Pair(args, read_names(args.names))
+        found = Comparison(pair, args).walk()
+        print("\n".join(verdict(pair, found, args)))
+        return 0 if found.first is None else 1
+    except IncomparableError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
 

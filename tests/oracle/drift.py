@@ -1,25 +1,23 @@
-"""How far rounding carries, layer by layer: `python tests/oracle/drift.py`.
+"""Measure how rounding errors grow with depth: `python tests/oracle/drift.py`.
 
-For each dtype the median over tokens of a row's error against float64 with the same weights: length
-of the difference by length of the row. A median, since a token whose choice of experts flips at a
-near tie is far off and says nothing of rounding. Beside it the same for transformers, if installed.
+The error of a dtype is measured against float64 with the same weights, after each layer and at the
+logits. For each token it is the length of the difference divided by the length of the float64
+vector. The table shows the median over tokens. A mean would say little about rounding: a token
+whose choice of experts changes at a near tie has a large error, which comes from the other experts.
+
+If transformers is installed, its errors are in the table too, measured against the same numbers.
 """
 
-import contextlib
 import dataclasses
 import json
-import sys
 import tempfile
-import warnings
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+from trace import record  # beside this file
 
 import torch
 
-from generate import TINY, save_file, watching
+from convert import write_safetensors
+from generate import TINY
 from mixtral import Mixtral, MixtralConfig
 from tokenizer import Tokenizer
 
@@ -30,7 +28,10 @@ sad, but the dog ran after the ball. Soon he came back with it and they all play
 
 
 def random_checkpoint(directory):
-    """Eight layers of random bfloat16 weights, and short rows: a flip spoils only its own row."""
+    """Write a model of eight layers with random bfloat16 weights; returns tokens for it, (B, S).
+
+    The rows are short, because a change of experts affects the later tokens of its row.
+    """
     torch.manual_seed(0)
     model = Mixtral(MixtralConfig(
         vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=8, head_dim=16,
@@ -38,47 +39,49 @@ def random_checkpoint(directory):
     for name, weight in model.named_parameters():
         weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name
                      else torch.randn_like(weight) * weight.shape[1] ** -0.5)
-    save_file({name: w.bfloat16() for name, w in model.named_parameters()},
-              directory / "model.safetensors")
+    write_safetensors(directory / "model.safetensors",
+                      {name: weight.bfloat16() for name, weight in model.named_parameters()})
     (directory / "config.json").write_text(json.dumps(
         {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
         | dataclasses.asdict(model.config)))
     return torch.randint(0, 512, (100, 8))
 
 
-def ours(directory, dtype, tokens):
-    """The residual stream after each layer, and the logits."""
+def hidden_states(directory, dtype, tokens):
+    """The output of each layer, (B, S, D), and the logits, (B, S, V)."""
     model = Mixtral.from_pretrained(directory, dtype)
-    with torch.inference_mode(), watching(model) as seen:
-        model(tokens)
+    seen = record(model, tokens)
     layers = range(model.config.num_hidden_layers)
-    return [seen[f"model.layers.{n}"][0] for n in layers] + [seen["lm_head"][0]]
+    return [seen[f"model.layers.{n}"] for n in layers] + [seen["lm_head"]]
 
 
-def theirs(directory, dtype, tokens):
-    """The same of transformers, or None where it is missing."""
-    with contextlib.suppress(ImportError):
+def transformers_states(directory, dtype, tokens):
+    """The same of transformers, or None if it is not installed."""
+    try:
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
-        found = []
-        for layer in [*model.model.layers, model.lm_head]:
-            layer.register_forward_hook(lambda module, _, out: found.append(
-                out[0] if isinstance(out, tuple) else out))
-        with torch.inference_mode():
-            model(tokens)
-        return found
-    return None
+    except ImportError:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    states = []
+    for layer in [*model.model.layers, model.lm_head]:
+        layer.register_forward_hook(lambda module, inputs, output: states.append(
+            output[0] if isinstance(output, tuple) else output))
+    with torch.inference_mode():
+        model(tokens)
+    return states
 
 
-def error(found, exact):
-    difference = (found.double() - exact).flatten(0, -2).norm(dim=1)
+def error(states, exact):
+    """The median over tokens of |states − exact| / |exact|, with vectors along the last axis."""
+    difference = (states.double() - exact).flatten(0, -2).norm(dim=1)
     return (difference / exact.flatten(0, -2).norm(dim=1)).median().item()
 
 
 def rows(directory, tokens):
-    """Name, and the errors of ours and of theirs by dtype, of each layer and the logits."""
-    exact = ours(directory, torch.float64, tokens)
-    columns = [run(directory, dtype, tokens) for dtype in DTYPES for run in (ours, theirs)]
+    """Yield for each layer, and for the logits, a name and the errors in the order of the table."""
+    exact = hidden_states(directory, torch.float64, tokens)
+    columns = [states(directory, dtype, tokens) for dtype in DTYPES
+               for states in (hidden_states, transformers_states)]
     for n, wanted in enumerate(exact):
         name = f"layer {n}" if n < len(exact) - 1 else "logits"
         yield name, [None if c is None else error(c[n], wanted) for c in columns]
@@ -93,9 +96,9 @@ def main():
             names = [f"{str(dtype)[6:]}{who}" for dtype in DTYPES for who in ("", ", transformers")]
             print(f"| {title}, {tokens.numel()} tokens | " + " | ".join(names) + " |")
             print("|---" * (len(names) + 1) + "|")
-            for name, found in rows(source, tokens):
+            for name, errors in rows(source, tokens):
                 print(f"| {name} | " + " | ".join(
-                    "not measured" if x is None else f"{x:.1e}" for x in found) + " |", flush=True)
+                    "not measured" if x is None else f"{x:.1e}" for x in errors) + " |", flush=True)
             print()
 
 

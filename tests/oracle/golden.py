@@ -187,9 +187,8 @@ def batch(config, weights, rows, first_position):
     return {name: joined(name, [one.get(name) for one in traces], S) for name in names}
 
 
-def golden(name):
-    """The bytes of a golden file."""
-    case = CASES[name]
+def golden(case, name):
+    """The bytes of the golden file of a case. All random numbers follow from the name."""
     config, draw = BASE | case.config, random.Random(f"tokens of {name}")
     weights = drawn(config, f"weights of {name}", case.weight_bytes)
     tie(weights, case.tied_experts)
@@ -207,9 +206,9 @@ def golden(name):
 
 
 def main(directory=HERE):
-    for name in CASES:
+    for name, case in CASES.items():
         path = Path(directory) / f"{name}.safetensors"
-        path.write_bytes(golden(name))
+        path.write_bytes(golden(case, name))
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 

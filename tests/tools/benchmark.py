@@ -24,7 +24,6 @@ divided by the operations per token.
 """
 
 import argparse
-import dataclasses
 import html
 import importlib.util
 import itertools
@@ -63,7 +62,7 @@ NEW = 32  # tokens per row of a decode
 
 
 class Sizes(NamedTuple):
-    """What is measured; `--quick` takes the second one of SIZES, whose numbers mean nothing."""
+    """What is measured. With QUICK the numbers mean nothing."""
 
     config: dict
     prompts: tuple[int, ...]
@@ -73,14 +72,19 @@ class Sizes(NamedTuple):
     memory: int  # bytes that are read to measure the memory
     product: int  # width of the matrices that are multiplied
     text: int  # characters
+    dtypes: tuple[str, ...]
+    conversions: tuple[tuple[str, bool], ...]  # layout, and whether from disk to disk
 
 
 MODEL = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 8, "head_dim": 64,
          "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 3584}
 SMALL = {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16,
          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-SIZES = (Sizes(MODEL, (64, 512, 4096), 64, (4, 16), (4096, 8192, 32768), 2**30, 4096, 10**6),
-         Sizes(SMALL, (8,), 8, (2,), (64, 512, 1024), 2**20, 64, 10**3))
+FULL = Sizes(MODEL, (64, 512, 4096), 64, (4, 16), (4096, 8192, 32768), 2**30, 4096, 10**6,
+             ("bfloat16", "float32"),
+             tuple(itertools.product(("mistral_pickle", "mistral_fused"), (True, False))))
+QUICK = Sizes(SMALL, (8,), 8, (2,), (64, 512, 1024), 2**20, 64, 10**3, ("bfloat16",),
+              (("mistral_fused", True),))
 
 
 class Row(NamedTuple):
@@ -105,7 +109,7 @@ class Bench:
     """The options, the sizes, the limits of the machine and the processes of a run."""
 
     def __init__(self, args, place):
-        self.args, self.place, self.sizes = args, place, SIZES[args.quick]
+        self.args, self.place, self.sizes = args, place, QUICK if args.quick else FULL
         self.machine, self.sides = Side(Machine), {}
         self.checkpoint = args.checkpoint or place / "checkpoint"
         if not self.checkpoint.exists():
@@ -196,16 +200,16 @@ def weights_per_token(config, rows=1, head=True):
 
 
 def prefill(bench):
-    for dtype, S in itertools.product(DTYPES, bench.sizes.prompts):
+    for dtype, S in itertools.product(bench.sizes.dtypes, bench.sizes.prompts):
         yield bench.prefill("", bench.checkpoint, bench.sizes.config, dtype, S)
 
 
 def decode(bench):
-    for dtype in DTYPES:
+    for dtype in bench.sizes.dtypes:
         yield bench.decode("", bench.checkpoint, bench.sizes.config, dtype, 1, bench.sizes.context)
     tiny = json.loads((ROOT / "tiny" / "config.json").read_text())
     tiny |= {"head_dim": tiny["hidden_size"] // tiny["num_attention_heads"]}
-    for dtype in DTYPES:
+    for dtype in bench.sizes.dtypes:
         yield bench.decode("tiny ", ROOT / "tiny", tiny, dtype, 1, bench.sizes.context)
     roots = {"this": ROOT} | ({"before": bench.args.against} if bench.args.against else {})
     yield Row("tiny dispatcher events, float32", "per token", {
@@ -214,7 +218,7 @@ def decode(bench):
 
 
 def batch(bench):
-    for dtype, rows in itertools.product(DTYPES, bench.sizes.rows):
+    for dtype, rows in itertools.product(bench.sizes.dtypes, bench.sizes.rows):
         yield bench.decode("", bench.checkpoint, bench.sizes.config, dtype, rows,
                            bench.sizes.context)
 
@@ -252,7 +256,7 @@ def start(bench):
     commands = {name: [root / "generate.py", "--prompt", "x", "--max-new-tokens", "1"]
                 for name, root in roots.items()} | {"import torch": ["-c", "import torch"]}
     taken = {name: [] for name in commands}
-    for turn in range(1 + bench.args.rounds):
+    for turn in range(bench.args.quick, 1 + bench.args.rounds):
         for name, command in commands.items():
             taken[name] = taken[name] * (turn > 1) + [watched([sys.executable, *command])[0]]
     yield Row("start, one token of the tiny model", "s",
@@ -307,7 +311,7 @@ def copied(command, source, target, disk):
 
 def convert(bench):
     target = bench.place / "converted"
-    for layout, disk in itertools.product(("mistral_pickle", "mistral_fused"), (True, False)):
+    for layout, disk in bench.sizes.conversions:
         source = bench.place / layout
         if not source.exists():
             bench.machine("make_raw", layout, source, bench.sizes.config)
@@ -411,7 +415,7 @@ def main(argv=None):
                 print(table_line(row), flush=True)
         bench.close()
     if args.json:
-        found = [dataclasses.asdict(row) for row in rows]
+        found = [row._asdict() for row in rows]
         args.json.write_text(json.dumps(found, indent=2), encoding="utf-8")
     if args.svg:
         args.svg.write_text(chart([row for row in rows if row.rate], title), encoding="utf-8")

@@ -290,7 +290,8 @@ CHANGES["convert.py"] = [
     ("a missing part is ignored", "if directory / name not in parts], directory)",
      "if False], directory)"),
     ("a file that ends early", "if file.readinto(as_buffer(tensor)) != tensor.nbytes:",
-     "if file.readinto(as_buffer(tensor)) > tensor.nbytes:"),
+     "if file.readinto(as_buffer(tensor)) > tensor.nbytes:",
+     "files are checked for completeness when they are opened"),
     ("every tensor at the start of its storage",
      "offset = start + value.storage_offset() * value.itemsize", "offset = start"),
     ("compressed pickles", "if entry.compress_type:", "if False:"),
@@ -310,7 +311,6 @@ CHANGES["convert.py"] = [
     # writing
     ("tensors that are not contiguous",
      "if tensor.layout != torch.strided or not tensor.is_contiguous():", "if False:"),
-    ("a tensor on another device", 'if tensor.device.type != "cpu":', "if False:"),
     ("pieces of the wrong size", "    if size != tensor.nbytes:", "    if False:"),
     ("a header of any length", 'text += b" " * (-len(text) % 8)', "pass"),
     ("tensors without alignment", "if begin % tensor.dtype.itemsize:", "if False:"),
