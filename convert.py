@@ -11,6 +11,9 @@ The weights of Mixtral are published in three layouts. The names of the tensors 
                                                                (E·M, D), with w2 transposed
 
 All three can be read. The Hugging Face layout and the first Mistral layout can be written.
+`--dtype int4` stores the experts in 4 bits, in the Hugging Face layout and in the format that
+`Int4Linear` in mixtral.py describes. A checkpoint with 4-bit weights is copied as it is, or with
+--dtype bfloat16 turned back into an ordinary one.
 
 The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
 rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
@@ -23,7 +26,8 @@ meet, so every head of q and k is reordered. For d = 8:
                          6 7
 
 Memory: at first, only names, shapes and file offsets are read. The numbers of a tensor are read
-when it is written, so memory holds at most one tensor and its reordered copy.
+when it is written, so memory holds at most one tensor and its reordered copy, or with int4 one
+tensor in float32.
 
 Safety: pickles are opened with weights_only=True, so they cannot run code. The output is written to
 `.OUT.part` beside OUT and renamed when it is complete.
@@ -32,9 +36,9 @@ Differences from other converters: tokenizer.json is made here, because transfor
 packages to read tokenizer.model. The text `</s>` encodes to the control token in it, as in every
 tokenizer of transformers.
 
-Not included: quantised weights, LoRA weights, non-contiguous tensors in pickles, new chat templates
-(existing ones are copied), pieces that a v3 tokenizer declares as whole (its tokenizer.json spells
-them out), and two runs that write the same output at the same time.
+Not included: other quantised formats, LoRA weights, non-contiguous tensors in pickles, new chat
+templates (existing ones are copied), pieces that a v3 tokenizer declares as whole (its
+tokenizer.json spells them out), and two runs that write the same output at the same time.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted. If nobody reads standard
 output any more, the conversion continues without progress.
@@ -68,7 +72,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch
 from safetensors import safe_open
 
-from mixtral import MixtralConfig, read_json
+from mixtral import MixtralConfig, int4_group_size, read_json, unpack
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------ names, shapes and row order
@@ -207,6 +211,7 @@ def params_from_config(config):
 # ------------------------------------------------------------------ reading weights
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 READ_SIZE = 2**18  # bytes; a block of this size stays in the CPU's cache until it is written
 
 
@@ -249,9 +254,13 @@ class Stored(NamedTuple):
     """A tensor in a file. Its numbers have not been read."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str describes something that is not a contiguous float tensor
+    dtype: torch.dtype | str  # a str describes something that cannot be read
     paths: tuple[Path, ...]  # several if the file is split
     offset: int  # in bytes, from the start of the file
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first, count, step):
         """Read the rows first … first + count − 1 in order, `step` rows at a time."""
@@ -338,7 +347,7 @@ def open_safetensors(paths):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         dtype, offset = entry["dtype"], 8 + length + entry["data_offsets"][0]
-        yield name, Stored(tuple(entry["shape"]), FLOATS.get(dtype, dtype), paths, offset)
+        yield name, Stored(tuple(entry["shape"]), WRITABLE.get(dtype, dtype), paths, offset)
 
 
 def open_all(directory):
@@ -411,13 +420,70 @@ def weight_files(directory):
     return [tuple(parts)]
 
 
+class Int4(NamedTuple):
+    """A weight matrix that is stored in 4 bits, read as if it were an ordinary one."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype  # of the scales
+    packed: Stored
+    scale: Stored
+
+    def rows(self, first, count, step):
+        """The weights, in float64 so that they are exact, as `Stored.rows` reads them."""
+        for words, scale in zip(self.packed.rows(first, count, step),
+                                self.scale.rows(first, count, step), strict=True):
+            yield unpack(words, scale.double())
+
+    def tensors(self, name):
+        """The three tensors as they are, to be written."""
+        parts = {}
+        for end, part in (("packed", self.packed), ("scale", self.scale)):
+            step = max(1, READ_SIZE // (part.shape[1] * part.dtype.itemsize))
+            read = partial(part.rows, 0, part.shape[0], step)
+            parts[f"{name}_{end}"] = Lazy(part.shape, part.dtype, read)
+        return parts | {f"{name}_shape": shape_tensor(self.shape)}
+
+
+def join_int4(stored, G, place):
+    """Put an `Int4` in the place of the three tensors of each 4-bit matrix.
+
+    Raises ValueError listing what is wrong.
+    """
+    stored, problems = dict(stored), []
+    for name in [name[:-7] for name in stored if name.endswith(".weight_packed")]:
+        packed, scale, shape = (stored.pop(f"{name}_{end}", None)
+                                for end in ("packed", "scale", "shape"))
+        problem = "is there twice" if name in stored else int4_problem(packed, scale, shape, G)
+        if problem:
+            problems.append(f"{name}{problem}" if problem[0] == "_" else f"{name} {problem}")
+        else:
+            M, D = packed.shape[0], 8 * packed.shape[1]
+            stored[name] = Int4((M, D), scale.dtype, packed, scale)
+    refuse_if(problems, f"{place}: the weights do not fit the configuration")
+    return stored
+
+
+def int4_problem(packed, scale, shape, G):
+    """A phrase that begins with the end of a tensor's name, or None if the three tensors fit."""
+    if packed.dtype != torch.int32 or len(packed.shape) != 2:
+        return f"_packed must be a matrix of int32, got {packed.dtype} {list(packed.shape)}"
+    M, D = packed.shape[0], 8 * packed.shape[1]
+    if D % G or scale is None or scale.dtype not in FLOATS.values() or scale.shape != (M, D // G):
+        return f"_scale must be floats of shape [{M}, {D} / {G}], got {scale and [*scale.shape]}"
+    whole = shape is not None and shape.dtype == torch.int64 and shape.shape == (2,)
+    found = next(shape.rows(0, 2, 2)).tolist() if whole else None
+    return None if found == [M, D] else f"_shape must be int64 [{M}, {D}], got {found}"
+
+
 class Checkpoint(NamedTuple):
     """A complete and well-formed checkpoint. None of its numbers has been read."""
 
     layout: int
     config: MixtralConfig
-    stored: dict[str, Stored]
+    stored: dict[str, Stored | Int4]
     dtype: torch.dtype  # the one to convert to
+    scheme: dict | None = None  # the quantization_config to write; None means no 4-bit weights
+    group_size: int | None = None  # None unless the experts are to be stored in 4 bits
 
 
 def mismatches(stored, layout, config):
@@ -437,35 +503,41 @@ def mismatches(stored, layout, config):
     return problems
 
 
-def open_checkpoint(directory, dtype=None):
+def open_checkpoint(directory, dtype=None, group_size=None):
     """Find out which layout a directory holds and check it against its configuration.
 
-    `dtype` is the one to convert to; None keeps the checkpoint's. Raises ValueError listing what is
-    wrong.
+    `dtype` is the one to convert to; None keeps the checkpoint's. With a group_size the experts are
+    to be stored in 4 bits. Raises ValueError listing what is wrong.
     """
     stored = open_all(directory)
     matches = [sum(full_name(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
     if not any(matches):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
                          f"{len(stored)} is {next(iter(stored), None)}")
-    layout = matches.index(max(matches))
+    layout, scheme = matches.index(max(matches)), None
     if layout == HUGGINGFACE:
-        config = MixtralConfig.from_dict(read_json(directory / "config.json"))
+        raw = read_json(directory / "config.json")
+        config, scheme = MixtralConfig.from_dict(raw), raw.get("quantization_config")
     else:
         config = read_params(directory / "params.json")
+    if scheme is not None:
+        stored = join_int4(stored, int4_group_size(scheme), directory)
     refuse_if(mismatches(stored, layout, config),
               f"{directory}: the weights do not fit the configuration")
     dtypes = {tensor.dtype for tensor in stored.values()}
+    if group_size:
+        check_group_size(directory, config, scheme, group_size)
+        dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+        return Checkpoint(layout, config, stored, dtype, int4_scheme(group_size), group_size)
     if not dtype and len(dtypes) > 1:
         raise ValueError(f"{directory}: the weights have the dtypes "
                          f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
-    return Checkpoint(layout, config, stored, dtype or dtypes.pop())
+    return Checkpoint(layout, config, stored, dtype or dtypes.pop(), None if dtype else scheme)
 
 
 # ------------------------------------------------------------------ writing files
 
 FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of weights
-WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
 class Lazy(NamedTuple):
@@ -482,6 +554,11 @@ class Lazy(NamedTuple):
     @property
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shape_tensor(shape):
+    """The shape of a 4-bit matrix as a tensor, which belongs to its format."""
+    return Lazy((2,), torch.int64, lambda: [torch.tensor(shape)])
 
 
 def check_tensor(name, tensor):
@@ -645,7 +722,7 @@ def cast(name, weight, dtype):
     return result
 
 
-def read_parameter(checkpoint, parameter, to):
+def read_parameter(checkpoint, parameter, to, dtype):
     """Yield the rows of a parameter as the layout `to` orders them, in contiguous pieces.
 
     A parameter that is transposed or reordered is one piece. The rows of any other are read
@@ -667,13 +744,25 @@ def read_parameter(checkpoint, parameter, to):
         if reordered:
             columns = 2 if to == HUGGINGFACE else config.head_dim // 2
             weight = regroup(weight, parameter.heads, columns)
-        yield cast(name, weight, checkpoint.dtype)
+        yield cast(name, weight, dtype)
 
 
-def output_tensors(checkpoint, to):
-    """The tensors to write by name, in the order of the forward pass. Nothing is read yet."""
-    return {p.names[to]: Lazy(p.shape, checkpoint.dtype, partial(read_parameter, checkpoint, p, to))
-            for p in parameters(checkpoint.config)}
+def output_tensors(checkpoint, to, errors=None):
+    """The tensors to write by name, in the order of the forward pass. Nothing is read yet.
+
+    `errors` is a dict to which `quantised` adds.
+    """
+    tensors, dtype = {}, checkpoint.dtype
+    for p in parameters(checkpoint.config):
+        stored = checkpoint.stored.get(p.names[checkpoint.layout])
+        if checkpoint.group_size and p.expert is not None:
+            tensors |= quantised(checkpoint, p, errors)
+        elif checkpoint.scheme and isinstance(stored, Int4):
+            tensors |= stored.tensors(p.names[to])
+        else:
+            read = partial(read_parameter, checkpoint, p, to, dtype)
+            tensors[p.names[to]] = Lazy(p.shape, dtype, read)
+    return tensors
 
 
 def shards(tensors, to, limit):
@@ -710,6 +799,117 @@ def write_weights(part, files):
             "weight_map": {name: file for file, group in files.items() for name in group}})
 
 
+# ------------------------------------------------------------------ 4-bit weights
+
+GROUP_SIZES = (32, 64, 128, 256)  # those that other programs have fast kernels for
+FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+BLOCK = 2**17  # weights quantised at a time, so that they stay in the CPU's cache
+
+
+def int4_scheme(G):
+    """The quantization_config with which transformers and vLLM read 4-bit experts."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+               "group_size": G}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
+
+
+def check_group_size(place, config, scheme, G):
+    """Raises ValueError unless experts of these widths can be stored in groups of G."""
+    if scheme is not None:
+        raise ValueError(f"{place}: has 4-bit weights already; leave out --dtype to keep them, or "
+                         "convert the original weights")
+    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths.values())]
+    if odd := [f"{name} {width}" for name, width in widths.items() if width % G]:
+        raise ValueError(f"{place}: groups of {G} do not divide {' and '.join(odd)}; "
+                         f"--group-size can be {' or '.join(map(str, fitting)) or 'nothing'} here")
+
+
+def quantise(weight, G, dtype, factors=FACTORS):
+    """Round every group of G weights of a row to multiples q·s of a scale s, with −8 ≤ q ≤ 7.
+
+    weight (M, D) -> (M, D), (M, D/G)
+
+        s = f · max|w| / 7.5, rounded to dtype        q = clamp(round(w / s), −8, 7)
+
+    Of the factors f, each group takes the one with the least squared error Σ(w − q·s)². A small
+    factor clips the largest weights and rounds all others more finely. Returns q and s.
+    """
+    groups = weight.unflatten(1, (-1, G))  # (M, D/G, G)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    best = least = None
+    for factor in factors:
+        scale = (factor / 7.5 * largest).to(dtype).to(weight.dtype)
+        scale.masked_fill_(scale == 0, 1)  # a group of zeros
+        q = (groups / scale).round_().clamp_(-8, 7)
+        error = (groups - q * scale).square_().sum(dim=-1, keepdim=True)
+        best, least = (scale, error) if best is None else (
+            torch.where(error < least, scale, best), torch.minimum(error, least))
+    q = (groups / best).round_().clamp_(-8, 7)
+    return q.flatten(1), best[:, :, 0].to(dtype)
+
+
+def pack(q):
+    """Store eight neighbouring integers in −8 … 7 in each 32-bit word; `unpack` reads them.
+
+    (M, D) -> (M, D/8)
+
+    >>> f"{pack(torch.arange(-8, 0)[None]).item():x}"
+    '76543210'
+    """
+    u = (q + 8).to(torch.int32).unflatten(1, (-1, 8))
+    words = u[:, :, 7]
+    for n in range(6, -1, -1):
+        words = words << 4 | u[:, :, n]
+    return words
+
+
+def quantised_blocks(checkpoint, parameter):
+    """Yield some rows of an expert's matrix, their integers q and their scales, until the last."""
+    name, D = parameter.names[checkpoint.layout], parameter.shape[1]
+    wide = torch.promote_types(checkpoint.stored[name].dtype, torch.float32)
+    for piece in read_parameter(checkpoint, parameter, HUGGINGFACE, wide):
+        for weight in piece.split(max(1, BLOCK // D)):
+            q, scale = quantise(weight, checkpoint.group_size, checkpoint.dtype)
+            if not scale.isfinite().all():
+                raise ValueError(f"{name}: holds NaN or numbers too large for 4 bits with scales "
+                                 f"of {checkpoint.dtype}")
+            yield weight, q, scale
+
+
+def quantised(checkpoint, parameter, errors):
+    """The three tensors of an expert's matrix in 4 bits.
+
+    The scales are found with the words, and wait in memory until they are written after them. Then
+    `errors` has Σ(w − q·s)² and Σw² of each layer.
+    """
+    name, (M, D), scales = parameter.names[HUGGINGFACE], parameter.shape, []
+
+    def words():
+        sums = errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
+        for weight, q, scale in quantised_blocks(checkpoint, parameter):
+            yield pack(q)
+            scales.append(scale)
+            q = q.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
+            sums[0] += (weight - q.flatten(1)).square().sum().item()
+            sums[1] += weight.square().sum().item()
+
+    return {f"{name}_packed": Lazy((M, D // 8), torch.int32, words),
+            f"{name}_scale": Lazy((M, D // checkpoint.group_size), checkpoint.dtype,
+                                  lambda: [scales.pop(0) for _ in range(len(scales))]),
+            f"{name}_shape": shape_tensor((M, D))}
+
+
+def report_errors(errors):
+    """Print ‖W − Ŵ‖ / ‖W‖ for the 4-bit weights Ŵ of each layer."""
+    for layer, (error, size) in errors.items():
+        report(f"layer {layer}: relative error of the 4-bit weights "
+               f"{100 * math.sqrt(error / (size or 1)):.2f} %")
+
+
 # ------------------------------------------------------------------ configuration and tokenizer
 
 EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -729,16 +929,18 @@ def write_small_files(source, part, checkpoint, to):
     for name in EXTRAS:
         if (source / name).exists():
             shutil.copyfile(source / name, part / name)
-    write_config(part, checkpoint.config, checkpoint.dtype)
+    write_config(part, checkpoint)
     if len(models) == 1 and not (part / "tokenizer.json").exists():
         write_tokenizer(models[0], part, checkpoint.config)
 
 
-def write_config(part, config, dtype):
+def write_config(part, checkpoint):
     """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
+    config, scheme = checkpoint.config, checkpoint.scheme
     write_json(part / "config.json", {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
-        **dataclasses.asdict(config), "torch_dtype": str(dtype).removeprefix("torch.")})
+        **dataclasses.asdict(config), "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **({"quantization_config": scheme} if scheme else {})})
     if not (part / "generation_config.json").exists():
         write_json(part / "generation_config.json", {
             "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
@@ -861,8 +1063,11 @@ def announce(source, out, checkpoint, files):
     used = counts[False] + counts[True] * config.num_experts_per_tok // config.num_local_experts
     report(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.stored)} tensors; "
            f"{sum(counts.values()):,} parameters, {used:,} used per token")
-    report(f"{out}: {human_size(total_size(files))} of {checkpoint.dtype} to write, "
-           f"files: {len(files)}")
+    numbers = f"{checkpoint.dtype}" + (" and 4-bit weights" if checkpoint.scheme else "")
+    report(f"{out}: {human_size(total_size(files))} of {numbers} to write, files: {len(files)}")
+    if checkpoint.group_size and any(
+            tensor.dtype != checkpoint.dtype for tensor in checkpoint.stored.values()):
+        report(f"weights outside the experts are rounded to {checkpoint.dtype}")
 
 
 def check_space(out, size):
@@ -888,20 +1093,28 @@ def check_places(source, out, overwrite):
                          "and no other directory")
 
 
-def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False):
+def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False,
+            group_size=None):
     """Convert the checkpoint in the directory `source` to the layout `to` in the directory `out`.
 
-    `limit` is the size of a file in bytes. Raises ValueError or OSError and then writes nothing.
+    `limit` is the size of a file in bytes. With a group_size the experts are stored in 4 bits.
+    Raises ValueError or OSError and then writes nothing.
     """
-    source, out = Path(source).resolve(), Path(out).resolve()
+    source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
     check_places(source, out, overwrite)
-    checkpoint = open_checkpoint(source, dtype)
-    files = shards(output_tensors(checkpoint, to), to, limit)
+    checkpoint = open_checkpoint(source, dtype, group_size)
+    if checkpoint.scheme and to == MISTRAL:
+        raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
+    files = shards(output_tensors(checkpoint, to, errors), to, limit)
     announce(source, out, checkpoint, files)
     check_space(out, total_size(files))
     with complete_or_absent(out, directory=True) as part:
         write_small_files(source, part, checkpoint, to)  # first, since it may refuse
         write_weights(part, files)
+    if group_size:
+        report_errors(errors)
+        before = sum(tensor.nbytes for tensor in checkpoint.stored.values())
+        report(f"{human_size(before)} of weights before, {human_size(total_size(files))} after")
 
 
 def size_in_bytes(text):
@@ -926,19 +1139,31 @@ def arguments(argv):
                    help="the directory to create")
     p.add_argument("--to", choices=("huggingface", "mistral"), default="huggingface",
                    help="the layout to write (default: %(default)s)")
-    p.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in FLOATS.values()],
-                   help="convert the numbers (default: keep their dtype)")
+    p.add_argument("--dtype", choices=[*(str(dtype)[6:] for dtype in FLOATS.values()), "int4"],
+                   help="convert the numbers (default: keep their dtype); int4 stores the experts "
+                        "in 4 bits and everything else in 16")
+    p.add_argument("--group-size", type=int, choices=GROUP_SIZES, metavar="G",
+                   help="weights that share a scale, for int4: "
+                        f"{', '.join(map(str, GROUP_SIZES))} (default: 128)")
     p.add_argument("--max-shard-size", type=size_in_bytes, default="4GB", metavar="SIZE",
                    help="size of a file, as 256MB (default: %(default)s); ignored for mistral")
     p.add_argument("--overwrite", action="store_true",
                    help="replace a checkpoint in OUT when the new one is complete")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.dtype == "int4" and args.to == "mistral":
+        p.error("--dtype int4 needs --to huggingface: Mistral's layout has no 4-bit weights")
+    if args.group_size and args.dtype != "int4":
+        p.error("--group-size needs --dtype int4")
+    return args
 
 
 def run(args):
     to = MISTRAL if args.to == "mistral" else HUGGINGFACE
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.overwrite)
+    int4 = args.dtype == "int4"
+    dtype = getattr(torch, args.dtype) if args.dtype and not int4 else None
+    group_size = (args.group_size or 128) if int4 else None
+    convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.overwrite,
+            group_size)
     out = str(args.output_dir)
     out = shlex.quote(f"./{out}" if out.startswith("-") else out)
     report(f"next: give {out} to Mistral's own code" if to == MISTRAL else

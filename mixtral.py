@@ -1,8 +1,8 @@
 """Mixtral 8x7B: a transformer decoder whose feed-forward layers are sparse mixtures of experts.
 
 Every layer holds eight feed-forward networks, called experts, and a router that sends each token
-to two of them. The model stores 46.7 B parameters and uses 12.9 B of them for a token. Everything
-else is an ordinary dense transformer. The forward pass is:
+to two of them. The model stores 46.7 billion parameters and uses 12.9 billion of them for a token.
+Everything else is an ordinary dense transformer. The forward pass is:
 
     x = embed_tokens[tokens]
     for each layer:
@@ -10,13 +10,13 @@ else is an ordinary dense transformer. The forward pass is:
         x = x + block_sparse_moe(post_attention_layernorm(x))    # the sparse mixture of experts
     logits = lm_head(norm(x))
 
-Each letter has one meaning in all shapes and formulas of this repository:
+In the shapes of this repository, each letter has one meaning:
 
     letter  meaning                                   field in config.json       8x7B
-    B       rows of the batch                         -                             -
-    S       tokens per row in this call               -                             -
-    T       keys that this call can attend to         -                             -
-    N       tokens in this call, N = B·S              -                             -
+    B       rows (sequences) of the batch             -                             -
+    S       tokens per row that are read at once      -                             -
+    T       keys that they can attend to              -                             -
+    N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
     D       width of a hidden state                   hidden_size                4096
     L       layers                                    num_hidden_layers            32
@@ -28,12 +28,15 @@ Each letter has one meaning in all shapes and formulas of this repository:
     E       experts per layer                         num_local_experts             8
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
-    M       inner width of an expert (an MLP)         intermediate_size         14336
+    M       inner width of an expert                  intermediate_size         14336
+    G       weights that share a scale (Int4Linear)   -                             -
 
-Precision: linear layers and attention return the dtype of the weights. RMSNorm, rotation, router
-weights and the sum over experts are computed in at least float32 and then rounded to that dtype.
-In a float64 model every number is float64.
+Precision: linear layers, attention, activations and residual sums use the dtype of the weights.
+RMSNorm, rotation, the router's softmax and the weighted sum over experts are computed in at least
+float32; their outputs are rounded to the dtype of the weights, except for the router's. In a
+float64 model every floating-point number is float64.
 
+A paragraph that begins with "Difference:" names a result that differs from the released code.
 Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
 (arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
 """
@@ -69,7 +72,7 @@ class MixtralConfig:
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     max_position_embeddings: int = 32768  # the context length in training; it is not enforced
-    sliding_window: int | None = None  # None means that a token sees all tokens before it
+    sliding_window: int | None = None  # None: a token sees itself and all earlier tokens
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-5
     hidden_act: str = "silu"
@@ -86,7 +89,7 @@ class MixtralConfig:
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        Fields that do not change the forward pass are ignored. If rope_theta is absent it is 1e6.
+        Fields that MixtralConfig lacks are ignored. If rope_theta is absent, it is 1e6.
         """
         raw = raw | {"rope_theta": read_rope_theta(raw, default=cls.rope_theta)}
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
@@ -98,14 +101,14 @@ def at_least_float32(x):
 
 
 def route(logits, top_k):
-    """Softmax(TopK(x·W_g)): the experts of each token and their weights (the paper, section 2.1).
+    """The weights and the indices of the experts of each token (the paper, section 2.1).
 
     logits (N, E) -> (N, A), (N, A)
 
-    The first result holds the weights, largest first; each row sums to one. The second holds the
-    indices of the experts. The released code takes the softmax over all E experts, keeps the best
-    A and divides by their sum. The result is the same: softmax keeps the order of the logits, and
-    the sum over all experts cancels in the division.
+    The weights are Softmax(TopK(logits)), the largest first, and sum to one. `transformers` takes
+    the softmax over all E experts, keeps the best A and divides by their sum. The result is the
+    same, because softmax keeps the order of the logits and the sum over all experts cancels.
+
     Difference: of equal logits, the expert with the lower index is chosen first, because the sort
     is stable. torch.topk promises no order.
 
@@ -119,12 +122,13 @@ def route(logits, top_k):
 
 
 class Expert(nn.Module):
-    """SwiGLU(x) = w2·(silu(w1·x) ⊙ w3·x), a feed-forward network with a gate.
+    """SwiGLU(x) = w2·(silu(w1·x) ⊙ (w3·x)), a feed-forward network with a gate.
 
     (..., D) -> (..., D)
 
-    w1 is the gate projection, w3 the up projection and w2 the down projection. w1 and w3 have the
-    same shape, so a checkpoint in which they are exchanged loads without an error.
+    w1 is the gate projection, w3 the up projection and w2 the down projection. The router is
+    another gate, `SparseMoE.gate`. w1 and w3 have the same shape, so a checkpoint in which they are
+    exchanged loads without an error.
     """
 
     def __init__(self, D, M):
@@ -138,7 +142,7 @@ class Expert(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """y = Σᵢ Softmax(TopK(x·W_g))ᵢ · SwiGLUᵢ(x), the sum over the A chosen experts (section 2.1).
+    """y = Σₑ weightₑ · SwiGLUₑ(x), summed over the A chosen experts e of a token (section 2.1).
 
     (B, S, D) -> (B, S, D)
 
@@ -148,9 +152,9 @@ class SparseMoE(nn.Module):
         expert 0 runs on token 1            expert 2 runs on token 2
         expert 1 runs on tokens 0 and 1     expert 3 runs on tokens 0 and 2
 
-    An expert takes every token that chose it, so no token is dropped. Implementations that reserve
-    a fixed buffer per expert drop the tokens beyond its capacity, which is a capacity factor times
-    the average load A·N/E.
+    An expert takes every token that chose it, so no token is dropped. Other implementations give
+    every expert a buffer for a fixed number of tokens, which is a capacity factor times the average
+    A·N/E. A token that finds the buffer full is dropped: it misses the output of that expert.
     """
 
     def __init__(self, config):
@@ -175,7 +179,8 @@ class RMSNorm(nn.Module):
 
     (..., D) -> (..., D)
 
-    As in the released code, the quotient is rounded to the dtype of x before the product.
+    As in the released code, the quotient is rounded to the dtype of x before the product, and the
+    product is rounded once more.
     """
 
     def __init__(self, D, eps):
@@ -193,8 +198,8 @@ def rotation(positions, d, theta):
 
     positions (B, S) -> (B, S, 1, d/2), (B, S, 1, d/2)
 
-    The axis of size 1 stands for the heads, which all turn alike. Angles are float64, because near
-    position 30,000 a float32 angle is wrong by up to 2e-3 radians.
+    The axis of size 1 broadcasts over the heads, which turn by the same angles. Angles are float64,
+    because near position 30,000 a float32 angle is wrong by up to 2e-3 radians.
     """
     frequencies = theta ** (-torch.arange(0, d, 2, device=positions.device).double() / d)
     angles = positions[:, :, None, None] * frequencies
@@ -202,13 +207,14 @@ def rotation(positions, d, theta):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding: turn the pair (xᵢ, xᵢ₊d/2) of every head by its angle.
+    """Rotary position embedding: turn the pair (x[i], x[i + d/2]) of every head by its angle.
 
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    The product of a rotated query and a rotated key depends on their distance only. The released
-    code pairs neighbours, (x₂ᵢ, x₂ᵢ₊₁). Hugging Face checkpoints store the rows of q_proj and
-    k_proj in another order, so that halves are paired here; the products q·k are the same.
+    Keys have K heads instead of H. The product of a rotated query and a rotated key depends on
+    their positions only through their distance. The released code pairs the neighbours x[2i] and
+    x[2i+1]. Hugging Face checkpoints store the rows of q_proj and k_proj in an order that pairs
+    halves instead. The products q·k are the same.
     """
     first, second = at_least_float32(x).chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -220,9 +226,10 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    Both arguments are positions. A query sees W keys, its own included; if W is None, it sees all
-    j ≤ i. The position −1 marks an empty slot of the cache, which nobody sees.
-    Difference: in a prefill, the mask of `moe_one_file_ref.py` lets a query see W + 1 keys.
+    `queries` and `keys` hold positions. A query sees W keys, its own included; if W is None, it
+    sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
+
+    Difference: when `moe_one_file_ref.py` reads a prompt, a query sees W + 1 keys.
 
     >>> visible(torch.tensor([[9]]), torch.tensor([[5, 6, 7, 8, 9, 10, -1]]), window=4).tolist()
     [[[False, True, True, True, True, False, False]]]
@@ -233,13 +240,14 @@ def visible(queries, keys, window):
 
 
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√d + mask)·v with grouped queries (GQA; Mistral 7B, section 2).
+    """softmax(q·kᵀ/√d)·v over the visible keys, with grouped queries (Mistral 7B, section 2).
 
     (B, S, D) -> (B, S, D)
 
-    Query head h uses key/value head h // (H/K), so neighbouring query heads share one. `remember`
-    takes the keys and values of this call and returns those to attend to. In bfloat16, PyTorch's
-    kernel computes scores and softmax in float32 and may round the probabilities to bfloat16.
+    Query head h uses key/value head h // (H/K), so H/K neighbouring query heads share one.
+    `remember` takes the keys and values of these tokens and returns those to attend to. In
+    bfloat16, PyTorch computes scores and softmax in float32 and may round the probabilities to
+    bfloat16.
     """
 
     def __init__(self, config):
@@ -290,7 +298,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, D) would import another 2 s of PyTorch when it is built on "meta".
+        # nn.Embedding(V, D) on the device "meta" imports more of PyTorch, which takes 2 s.
         table = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -314,7 +322,7 @@ class Decoder(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The language model: the logits of the next token after each token.
+    """The language model: the logits of the token that follows each token.
 
     tokens (B, S) -> (B, S, V)
     """
@@ -326,7 +334,7 @@ class Mixtral(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def new_cache(self, batch_size, max_length, chunk=256):
-        """An empty cache for `batch_size` rows of up to `max_length` tokens each."""
+        """An empty cache for rows of at most `max_length` tokens, of which it takes `chunk` at once."""
         c, weight = self.config, self.lm_head.weight
         if any(type(size) is not int or size < 1 for size in (batch_size, max_length, chunk)):
             raise ValueError("new_cache: batch_size, max_length and chunk must be integers >= 1, "
@@ -337,23 +345,25 @@ class Mixtral(nn.Module):
         return Cache(weight.new_zeros(shape), weight.new_zeros(shape), positions, max_length, chunk)
 
     def forward(self, tokens, cache=None, lengths=None, last_only=False):
-        """Returns logits in at least float32: (B, S, V), or (B, 1, V) with `last_only`.
+        """The logits (B, S, V), or with `last_only` (B, 1, V), widened to at least float32.
 
         With a cache, every row continues where its earlier calls ended, and the tokens are read in
-        chunks of `cache.chunk`. `lengths` (B) is the number of real tokens in each row of this
-        call. The tokens after them are padding: no real token sees them, the cache does not store
-        them, and their logits mean nothing. So a short row gives what it would give alone.
-        `last_only` returns the logits after the last real token of each row; those of a row with
-        length 0 mean nothing.
+        chunks of `cache.chunk`. `lengths` (B) is the number of real tokens of each row; the tokens
+        after them are padding. Padding follows the real tokens, so causality hides it from them.
+        The cache does not store it, and its logits mean nothing. A short row therefore gives what
+        it would give alone, up to rounding. `last_only` selects the last real token of each row;
+        the logits of a row without real tokens mean nothing.
         """
         check_tokens(tokens, self.config.vocab_size)
         B, S = tokens.shape
         lengths = tokens.new_full((B,), S) if lengths is None else lengths
         check_lengths(lengths, B, S, cache)
         chunk = S if cache is None else cache.chunk
-        hidden = torch.cat([
-            self.model(tokens[:, at:at + chunk], (lengths - at).clamp(0, chunk), cache)
-            for at in range(0, S, chunk)], dim=1)  # (B, S, D)
+        hidden = []
+        for start in range(0, S, chunk):
+            real = (lengths - start).clamp(0, chunk)  # the number of real tokens in this chunk
+            hidden.append(self.model(tokens[:, start:start + chunk], real, cache))
+        hidden = torch.cat(hidden, dim=1)  # (B, S, D)
         if last_only:
             last = lengths.clamp(min=1) - 1
             hidden = hidden[torch.arange(B, device=last.device), last][:, None]  # (B, 1, D)
@@ -364,7 +374,7 @@ class Mixtral(nn.Module):
         """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
 
         With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk.
-        Raises ValueError naming every tensor that is missing, unexpected or mis-shaped.
+        Raises ValueError naming the tensors that are missing, unexpected or mis-shaped.
         """
         weights = read_weights(weight_files(directory))
         weights = {name: convert_floats(weight, dtype, device) for name, weight in weights.items()}
@@ -381,10 +391,10 @@ class Cache:
     one by one into C = 128 slots, slot 3 ends up with position 259 = 2·128 + 3; it held 3 and 131
     before.
 
-    A call reads at most `chunk` tokens, and C = W + chunk − 1. A whole chunk is stored before its
-    queries attend. Its first query, at position p, needs the keys from p − W + 1 on, and its last
-    token overwrites position p + chunk − 1 − C = p − W, which is one position older. Without a
-    window, or if it is smaller, C is max_length.
+    Mixtral.forward reads `chunk` tokens at a time. They are stored before their queries attend, so
+    C = W + chunk − 1, or max_length if that is smaller or there is no window. The first query of a
+    chunk, at position p, needs the positions from p − W + 1 on. The newest position that the chunk
+    overwrites, by its last token, is p + chunk − 1 − C = p − W, which no query of the chunk needs.
     """
 
     keys: Tensor
@@ -399,20 +409,20 @@ class Cache:
         return self.positions.amax(dim=1) + 1
 
     def extend(self, positions, lengths):
-        """Reserve slots for the next tokens of each row.
+        """Reserve slots for the next tokens of each row, of which `lengths` are real.
 
         positions (B, S), lengths (B) -> (B, T)
 
-        Returns the positions to attend to and `remember(layer, k, v)`, which stores k and v
-        (B, S, K, d) and returns all keys and values to attend to (B, T, K, d). Padding is not
-        stored, so what it holds, even NaN, cannot reach a later query.
+        Returns the positions to attend to, and a function `remember(layer, k, v)` that stores k and
+        v (B, S, K, d) and returns all keys and values to attend to (B, T, K, d). Padding is not
+        stored, so whatever it holds, even NaN, cannot reach a later query.
         """
         C, S = self.positions.shape[1], positions.shape[1]
         real = torch.arange(S, device=positions.device) < lengths[:, None]  # (B, S)
         row, column = torch.where(real)
         slot = positions[row, column] % C
         self.positions[row, slot] = positions[row, column]
-        T = min(C, max(1, int(self.lengths.max())))
+        T = min(C, max(1, int(self.lengths.max())))  # the slots from T on are empty
 
         def remember(layer, k, v):
             self.keys[layer, row, slot] = k[row, column]
@@ -420,6 +430,12 @@ class Cache:
             return self.keys[layer, :, :T], self.values[layer, :, :T]
 
         return self.positions[:, :T], remember
+
+
+def one_line(error):
+    """The text of an error as one line of printable characters, cut to 2,000 characters."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in text)[:2000]
 
 
 def read_json(path):
@@ -435,7 +451,7 @@ def read_json(path):
 
 
 def read_rope_theta(raw, default):
-    """The rope_theta of a config.json. Raises ValueError unless it is a Mixtral with plain RoPE."""
+    """The rope_theta of a config.json. Raises ValueError for other models and scaled rotations."""
     rope = {"rope_theta": raw.get("rope_theta", default)}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), dict | None):
@@ -450,7 +466,7 @@ def read_rope_theta(raw, default):
 
 
 def check_config(config):
-    """Raises ValueError naming the first field that cannot be. It also bounds every size."""
+    """Raises ValueError naming the first impossible field. Every size has an upper bound."""
     def check(name, wanted, holds):
         if not holds:
             raise ValueError(f"config: {name} must be {wanted}, got {getattr(config, name)!r:.80}")
@@ -460,9 +476,9 @@ def check_config(config):
         value, optional = getattr(c, name), kind == (int | None)
         low = 0 if name.endswith("token_id") else 1
         if kind is float:
-            check(name, "a number > 0", type(value) in (int, float) and 0 < value < 2**63)
-        elif kind is int or optional and value is not None:
-            check(name, f"an integer in {low} … {2**20}" + " or null" * optional,
+            check(name, "a finite number > 0", type(value) in (int, float) and 0 < value < 2**63)
+        elif kind is int or (optional and value is not None):
+            check(name, f"an integer in {low} … {2**20}{' or null' if optional else ''}",
                   type(value) is int and low <= value <= 2**20)
     D, H, E = c.hidden_size, c.num_attention_heads, c.num_local_experts
     check("num_local_experts", f"<= {2**14} / num_hidden_layers", E * c.num_hidden_layers <= 2**14)
@@ -524,7 +540,8 @@ def read_weights(files):
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file}: not a complete safetensors file: {error}") from None
+            reason = one_line(error)
+            raise ValueError(f"{file}: not a complete safetensors file: {reason}") from None
         for name, tensor in tensors.items():
             if name in weights:
                 raise ValueError(f"{file}: {name} is in an earlier file too")
@@ -535,12 +552,12 @@ def read_weights(files):
 
 
 def convert_floats(weight, dtype, device):
-    """A floating-point tensor in another dtype (None keeps it), any tensor on another device."""
+    """The tensor on a device, and in a dtype if it is floating-point; dtype None keeps its own."""
     return weight.to(device=device, dtype=dtype if weight.is_floating_point() else None)
 
 
 def assemble(raw, weights):
-    """The model of a config.json that holds these weights, without copying them.
+    """The model that a config.json describes, with these weights, which are not copied.
 
     Raises ValueError unless all names, shapes and dtypes fit.
     """
@@ -555,23 +572,24 @@ def assemble(raw, weights):
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the weights do not fit config.json: {reason:.2000}") from None
+        raise ValueError(f"the weights do not fit config.json: {one_line(error)}") from None
     dtypes = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
-    if len(dtypes) != 1:
+    if len(dtypes) != 1 or not dtypes <= {torch.bfloat16, torch.float16, torch.float32,
+                                          torch.float64}:
         raise ValueError("the weights must have one floating-point dtype, got "
-                         f"{', '.join(sorted(map(str, dtypes)))}; choose one with dtype=…")
+                         f"{', '.join(sorted(map(str, dtypes)))}; convert them with dtype=…; "
+                         "bfloat16, float16, float32 and float64 are supported")
     return model.eval().requires_grad_(False)
 
 
 class Int4Linear(nn.Module):
-    """A linear layer with 4-bit weights: W[r, c] = q[r, c] · scale[r, c // G], −8 ≤ q ≤ 7.
+    """A linear layer with 4-bit weights: w[r, c] = (u[r, c] − 8) · scale[r, c // G], 0 ≤ u ≤ 15.
 
     (..., D) -> (..., M)
 
-    This is the format `pack-quantized` of compressed-tensors. G neighbouring weights of a row share
-    one scale. Eight numbers q are stored in one 32-bit word as u = q + 8, the first in the lowest
-    bits. Word j of a row holds the columns 8j … 8j + 7:
+    The shapes are those of w1 and w3. This is the format `pack-quantized` of compressed-tensors. G
+    neighbouring weights of a row share one scale. A 32-bit word stores eight numbers u, the first
+    in the lowest bits. Word j of a row holds the columns 8j … 8j + 7:
 
         bits   31…28  27…24  23…20  19…16  15…12  11…8   7…4    3…0
         holds   u₇     u₆     u₅     u₄     u₃     u₂     u₁     u₀
@@ -588,22 +606,23 @@ class Int4Linear(nn.Module):
 
 
 def unpack(packed, scale):
-    """The weights that 4-bit words and their scales stand for, in the dtype of the scales.
+    """The weights that packed 32-bit words and their scales encode, in the dtype of the scales.
 
     packed (M, D/8), scale (M, D/G) -> (M, D)
 
-    In float64 the products are exact, because q has 4 bits and a stored scale at most 24.
+    In float64 the products are exact, because u − 8 has 4 significant bits and a stored scale has
+    at most 24.
 
     >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
     """
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    q = (packed[:, :, None] >> shifts & 15) - 8  # (M, D/8, 8)
-    return (q.reshape(*scale.shape, -1) * scale[:, :, None]).flatten(1)
+    u = (packed[:, :, None] >> shifts) & 15  # (M, D/8, 8)
+    return ((u - 8).reshape(*scale.shape, -1) * scale[:, :, None]).flatten(1)
 
 
 def use_int4(model, raw, weights):
-    """Replace the linear layers that are stored in 4 bits. Raises ValueError for other formats."""
+    """Replace each layer stored in 4 bits by an Int4Linear. Raises ValueError for other formats."""
     scheme = raw.get("quantization_config")
     if scheme is None:
         return
@@ -611,10 +630,13 @@ def use_int4(model, raw, weights):
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.weight_packed" in weights:
             outputs, inputs = layer.weight.shape
-            shape = weights.get(f"{name}.weight_shape")
-            if inputs % G or shape is None or shape.tolist() != [outputs, inputs]:
-                raise ValueError(f"{name}.weight_shape must be [{outputs}, {inputs}], a multiple "
-                                 f"of the group size {G} last, got {shape}")
+            packed, shape = weights[f"{name}.weight_packed"], weights.get(f"{name}.weight_shape")
+            if packed.dtype != torch.int32:
+                raise ValueError(f"{name}.weight_packed must be torch.int32, got {packed.dtype}")
+            if shape is None or shape.tolist() != [outputs, inputs] or inputs % G:
+                found = "none" if shape is None else shape.tolist()
+                raise ValueError(f"{name}.weight_shape must be [{outputs}, {inputs}], the last a "
+                                 f"multiple of the group size {G}, got {found!s:.80}")
             model.set_submodule(name, Int4Linear(inputs, outputs, G))
 
 

@@ -1084,9 +1084,12 @@ def test_a_message_that_cannot_be_read_is_refused_and_the_conversation_goes_on(
 
 
 def start(*args, **options):
+    """Start a process that can be interrupted, even if the tests run in a shell's background."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=options.pop(
-        "stdout", subprocess.PIPE), stderr=subprocess.PIPE, env=environment, **options)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, *args], stdout=options.pop("stdout", subprocess.PIPE),
+        stderr=subprocess.PIPE, env=environment, **options,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_ctrl_c_ends_a_running_process_with_the_text_so_far():

@@ -50,7 +50,7 @@ def relative_error(a, b):
 
 
 WINDOWS = st.sampled_from([None, 1, 2, 5, 40])
-TINY = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6}
+TINY_SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 6}
 
 
 def lengths_of_calls(rows, longest, calls):
@@ -83,7 +83,7 @@ def test_float64_logits_equal_a_second_implementation(window, K, ratio, E, chunk
     """For every window, ratio of heads, number of experts, chunking and ragged batch at once."""
     model = random_model(
         sliding_window=window, num_key_value_heads=K, num_attention_heads=K * ratio,
-        num_local_experts=E, num_experts_per_tok=data.draw(st.integers(1, E)), **TINY)
+        num_local_experts=E, num_experts_per_tok=data.draw(st.integers(1, E)), **TINY_SIZES)
     longest = max(1, sum(map(max, calls)))
     texts, logits = read_ragged(model, calls, model.new_cache(3, longest, chunk))
     weights = {name: weight.tolist() for name, weight in model.named_parameters()}
@@ -370,7 +370,7 @@ def test_query_head_13_of_32_uses_key_value_head_3_of_8():
 
 
 def tiny_cache(W, rows, max_length, chunk):
-    return random_model(sliding_window=W, **TINY).new_cache(rows, max_length, chunk)
+    return random_model(sliding_window=W, **TINY_SIZES).new_cache(rows, max_length, chunk)
 
 
 @settings(max_examples=60, deadline=None)
@@ -753,11 +753,11 @@ def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
     ({"eos_token_id": -1}, "eos_token_id must be an integer in 0 … 1048576 or null, got -1"),
     ({"bos_token_id": [1]}, "bos_token_id must be an integer"),
     ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-    ({"rope_theta": -1.0}, "rope_theta must be a .*number > 0, got -1.0"),
-    ({"rope_theta": math.inf}, "rope_theta must be a .*number > 0, got inf"),
-    ({"rope_theta": 10**400}, "rope_theta must be a .*number > 0, got 1000"),
-    ({"rope_theta": True}, "rope_theta must be a .*number > 0, got True"),
-    ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a .*number > 0, got nan"),
+    ({"rope_theta": -1.0}, "rope_theta must be a finite number > 0, got -1.0"),
+    ({"rope_theta": math.inf}, "rope_theta must be a finite number > 0, got inf"),
+    ({"rope_theta": 10**400}, "rope_theta must be a finite number > 0, got 1000"),
+    ({"rope_theta": True}, "rope_theta must be a finite number > 0, got True"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a finite number > 0, got nan"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings must be false, got True"),
     ({"model_type": "llama"}, "model_type must be 'mixtral', got 'llama'"),
     ({"rope_scaling": {"type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
@@ -851,6 +851,14 @@ def test_mixed_or_integer_weights_are_refused(checkpoint, stored, dtype, message
     write_safetensors(checkpoint / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=message):
         Mixtral.from_pretrained(checkpoint, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_weights_of_a_dtype_without_arithmetic_are_refused(dtype):
+    model = random_model()
+    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="bfloat16, float16, float32 and float64 are supported"):
+        mixtral.assemble(dataclasses.asdict(model.config), weights)
 
 
 def test_a_dtype_makes_mixed_weights_alike(checkpoint):
@@ -982,7 +990,7 @@ def try_damaged(directory, seed, config, weights):
     try:
         logits = Mixtral.from_pretrained(directory)(torch.tensor([[1, 5, 3, 5, 0, 2, 2]]))
     except ValueError as error:
-        assert len(str(error).splitlines()) == 1 and len(str(error)) < 3000
+        assert str(error).isprintable() and len(str(error)) < 3000
         outcome = "refused"
     else:
         slow = expected_logits(config, weights, [1, 5, 3, 5, 0, 2, 2])
@@ -993,8 +1001,8 @@ def try_damaged(directory, seed, config, weights):
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_right_logits(tmp_path):
-    sizes = TINY | {"num_local_experts": 3, "num_attention_heads": 2, "num_key_value_heads": 1}
-    save(random_model(**sizes), tmp_path)
+    save(random_model(num_local_experts=3, num_attention_heads=2, num_key_value_heads=1,
+                      **TINY_SIZES), tmp_path)
     config, weights = ((tmp_path / name).read_bytes()
                        for name in ("config.json", "model.safetensors"))
     outcomes = [try_damaged(tmp_path, seed, config, weights) for seed in range(150)]

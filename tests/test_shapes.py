@@ -36,7 +36,7 @@ SHAPE = rf"\((?:{AXIS}(?:, {AXIS})*)?\)"
 ENTRY = rf"(?:[A-Za-z_]\w* )?{SHAPE}"
 LINE = re.compile(rf"^ *({ENTRY}(?:, {ENTRY})*) -> ({ENTRY}(?:, {ENTRY})*)$", re.M)
 FIELDS = re.compile(rf"^ *(\w+ {SHAPE}(?:, \w+ {SHAPE})*)$", re.M)
-COMMENT = re.compile(rf"# ({SHAPE}(?:, {SHAPE})*)")
+COMMENT = re.compile(rf"# ({SHAPE}(?:, {SHAPE})*)(?:; [^()]*)?")
 LOOSE = re.compile(rf"(?<![\w.·(])(?<!// )\((?=[^)]*[A-Z])(?:{AXIS}(?:, {AXIS})*)\)")
 ROW = re.compile(r"^ {4}(\w) {7}(\S.*?)  +(-|[a-z_]+)  +(\S+)$", re.M)
 
@@ -97,12 +97,12 @@ def unify_all(claimed, tensors, sizes):
 
 
 def comment_shapes(source):
-    """The shapes in comments, by line number. A comment with a shape must hold nothing else."""
+    """The shapes in comments, by line number. Words can follow only after a semicolon."""
     found = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and LOOSE.search(token.string):
             match = COMMENT.fullmatch(token.string)
-            assert match, f"line {token.start[0]}: a comment with a shape holds only shapes"
+            assert match, f"line {token.start[0]}: the shapes must come first, then a semicolon"
             found[token.start[0]] = entries(match[1])
     return found
 
@@ -250,19 +250,20 @@ def run(monkeypatch):
     return Run(monkeypatch)
 
 
-def prepared_model(mixtral):
+def prepared_model(mixtral, convert):
     """A float64 model of the sizes above. In layer 0, w1 and w3 of the experts have 4 bits."""
     torch.manual_seed(0)
     config = mixtral.MixtralConfig(**{field: SIZES[letter] for letter, _, field, _ in
                                       ROW.findall(mixtral.__doc__) if field != "-"})
-    model = mixtral.Mixtral(config)
+    model = mixtral.Mixtral(config).double()
     for expert in model.model.layers[0].block_sparse_moe.experts:
         for name in ("w1", "w3"):
             layer = mixtral.Int4Linear(SIZES["D"], SIZES["M"], SIZES["G"])
-            layer.weight_packed.zero_()
-            layer.weight_scale.zero_()
+            q, layer.weight_scale = convert.quantise(
+                getattr(expert, name).weight, SIZES["G"], torch.float64)
+            layer.weight_packed = convert.pack(q)
             setattr(expert, name, layer)
-    return model.double()
+    return model
 
 
 TOKENS, LENGTHS = torch.zeros(SIZES["B"], SIZES["S"], dtype=torch.int64), torch.tensor([3, 1])
@@ -317,7 +318,8 @@ def run_generate(run, model):
 
 @torch.inference_mode()
 def test_every_documented_shape_holds_in_real_runs_of_different_sizes(run):
-    model, rows = prepared_model(run.mixtral), torch.zeros(SIZES["H"] * SIZES["d"], SIZES["D"])
+    model = prepared_model(run.mixtral, run.convert)
+    rows = torch.zeros(SIZES["H"] * SIZES["d"], SIZES["D"])
     run_with_cache(run, model)
     run_without_cache(run, model)
     run_generate(run, model)
@@ -369,7 +371,7 @@ def test_a_wrong_shape_line_would_be_noticed(wrong):
 
 @pytest.mark.parametrize("assignment, holds", [
     ("y = x  # (B, S, D)", True), ("a, y = x[0], x  # (S, D), (B, S, D)", True),
-    ("y = torch.cat([\n    x], dim=1)  # (B, S, D)", True), ("y = x, x  # (B, S, D)", True),
+    ("y = x, x  # (B, S, D)", True), ("y = torch.cat([\n    x], dim=1)  # (B, S, D); all", True),
     ("y = x.flatten(0, 1)  # (N, D)", False), ("a, y = x[0], x  # (S, D), (S, D)", False),
     ("y = torch.cat([\n    x, x], dim=1)  # (B, S, D)", False), ("y = x  # (B, S, D) here", False),
     ("torch.cos(x)  # (B, S, D)", False), ("for y in [x]:\n    y = y[0]  # (B, D)", False)])

@@ -138,7 +138,7 @@ def cut_rotation(p):
     """Only the first half of each head is rotated."""
     first, rest = unrotated(p).chunk(2, -1)
     if first.shape[-1] % 2:
-        return None
+        return p.plain()
     angle = angles(p, d=p.d // 2)
     return torch.cat((turn(first, angle.cos(), angle.sin()), rest), -1)
 
@@ -172,16 +172,16 @@ def permuted_rows(p, to_neighbours):
 
 
 def exchanged(first, second):
-    """For two quantities that may have different shapes."""
+    """A function for two quantities, which stay as they are if their shapes differ."""
     def function(p):
         other = p.plain(second if p.word == first else first)
-        return other if other.shape == p.plain().shape else None
+        return other if other.shape == p.plain().shape else p.plain()
     return function
 
 
 def transposed_weight(p):
     weight = p.weight()
-    return linear(p, weight.T) if weight.shape[0] == weight.shape[1] else None
+    return linear(p, weight.T if weight.shape[0] == weight.shape[1] else weight)
 
 
 def weight_of_expert(p, offset):
@@ -317,10 +317,13 @@ CAUSES = [
           lambda p: permuted_rows(p, True)),
     Cause("k_proj v_proj", "keys and values are exchanged", exchanged("k_proj", "v_proj")),
     Cause("q_proj k_proj", "queries and keys are exchanged", exchanged("q_proj", "k_proj")),
-    Cause(" ".join(LINEAR), "the weight is used transposed", transposed_weight),
+    Cause(" ".join(LINEAR), "square weights are used transposed", transposed_weight),
     Cause(" ".join(LINEAR).replace(" lm_head", ""), "the weight of layer {} is used",
           lambda p, n: linear(p, p.weight(layer=n)), other_layers),
-    Cause("q_proj k_proj v_proj gate w1 w3 lm_head", "the input is not normed", without_norm),
+    Cause("q_proj k_proj v_proj", "the input of the projections is not normed", without_norm),
+    Cause("gate w1 w3", "the input of the mixture is not normed", without_norm),
+    Cause("gate", "the input of the router is not normed", without_norm),
+    Cause("lm_head", "the input of lm_head is not normed", without_norm),
     Cause("o_proj", "the heads are not transposed back: the rows of the heads follow one another",
           lambda p: p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1) @ p.weight().T),
     Cause("lm_head", "lm_head uses the embeddings, as if tie_word_embeddings were true",
@@ -346,17 +349,17 @@ CAUSES = [
     Cause(ROTATED, "positions restart with each call of {} tokens",
           lambda p, c: rotated(p, angles(p, torch.arange(p.S) % c)), chunks),
     Cause(ROTATED, "all tokens of a call, of {} tokens, get the position of its first one",
-          lambda p, c: rotated(p, angles(p, calls(p, c)[0][:, 0])), chunks),
+          lambda p, c: rotated(p, angles(p, positions(p)[calls(p, c)[0][:, 0]])), chunks),
     Cause(ROTATED, "slots are used as positions: p mod C, with calls of {} tokens and C = {}",
           lambda p, c, C: rotated(p, angles(p, positions(p) % C)), buffers),
     Cause(ROTATED, "positions start at 0 instead of the first position",
           lambda p: rotated(p, angles(p, torch.arange(p.S)))),
     Cause(ROTATED, "positions are divided by {} (linear RoPE scaling)",
           lambda p, n: rotated(p, angles(p) / n), (2, 4, 8)),
-    Cause(ROTATED, "rope_theta is {}",
-          lambda p, theta: rotated(p, angles(p, theta=float(theta))), other_thetas),
     Cause(ROTATED, "the exponent of the frequency is i/d instead of 2i/d",
           lambda p: rotated(p, angles(p, theta=math.sqrt(p.config["rope_theta"])))),
+    Cause(ROTATED, "rope_theta is {}",
+          lambda p, theta: rotated(p, angles(p, theta=float(theta))), other_thetas),
     Cause(ROTATED, "angles are computed in float32 ({})",
           lambda p, how: rotated(p, single(p, how)), ("θ^−x", "1/θ^x", "rounded frequencies")),
     Cause(ROTATED, "positions are rounded to {}", lambda p, dtype: rotated(
@@ -377,9 +380,9 @@ CAUSES = [
         p, visible(p, first=torch.arange(p.S)[:, None] - W + 1)),
         lambda p: [p.W + 1, p.W - 1] if p.W else []),
     Cause("scores", "there is no window",
-          lambda p: scores(p, visible(p, first=0)) if p.W else None),
+          lambda p: scores(p, visible(p, first=0))),
     Cause("scores", "queries see later tokens: the window applies, the causal mask does not",
-          lambda p: scores(p, visible(p, last=p.S)) if p.W else None),
+          lambda p: scores(p, visible(p, last=p.S))),
     Cause("scores", "there is no mask: every query sees every token",
           lambda p: scores(p, visible(p, first=0, last=p.S))),
     Cause("scores", "a query does not see its own key",

@@ -45,7 +45,7 @@ import torch
 from causes import CAUSES, Cause
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import InapplicableError, MissingError, Run, Trace
+from steps import MissingError, Run, Trace
 
 from mixtral import read_weights, weight_files
 
@@ -166,41 +166,42 @@ class Pair:
         theirs = self.theirs.get(at)
         return None if theirs is None else reshaped(theirs, self.ours[at])
 
-    def aligned(self, name, ours, tokens):
+    def aligned(self, name, ours, run=None):
         """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
 
-        `ours` is the tensor to compare with theirs, and `tokens` those of an expert's rows.
+        `ours` is the tensor to compare with theirs, from our trace or from a run.
         """
-        theirs, letters = self.theirs[name].double(), axes(name)
-        if letters[0] == "R":
-            return self.aligned_rows(name, ours, theirs, tokens)
-        theirs = reshaped(theirs, ours)
-        chosen = self.sibling(name, "chosen") if word(name) == "weights" else None
-        if chosen is not None and theirs is not None:  # theirs in the order in which ours chose
-            mine = self.ours[name.replace("weights", "chosen")]
-            theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
-        theirs = None if theirs is None else as_rows(theirs, letters)
+        if axes(name)[0] == "R":
+            return self.aligned_rows(name, ours, run)
+        theirs = reshaped(self.theirs[name].double(), ours)
+        if word(name) == "weights":  # theirs in the order in which ours chose
+            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen")
+            if chosen is not None and theirs is not None:
+                mine = self.ours[at] if run is None else run[at]
+                theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
         if word(name) == "chosen" and theirs is not None:  # as a set
             ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
-        return as_rows(ours, letters), theirs, torch.arange(len(self.real))
+        theirs = None if theirs is None else as_rows(theirs, axes(name))
+        return as_rows(ours, axes(name)), theirs, torch.arange(len(self.real))
+
+    def aligned_rows(self, name, ours, run):
+        """The rows of one expert, for the tokens that both sides routed to it."""
+        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
+        theirs, tokens = self.theirs[name].double(), self.expert_tokens(name, run)
+        other = self.theirs.get(at + ".tokens")
+        if other is None and chosen is not None:
+            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
+        other = tokens if other is None else other.flatten().long()
+        if theirs.numel() != len(other) * math.prod(ours.shape[1:]):
+            return ours, None, tokens
+        theirs = theirs.reshape(len(other), *ours.shape[1:])
+        mine, picked = torch.where(tokens[:, None] == other)
+        return ours[mine], theirs[picked], tokens[mine]
 
     def unknown(self):
         """Names in theirs that are not ours, except weights."""
         return sorted(name for name in set(self.theirs) - set(self.order)
                       if not name.endswith(".weight") and ".experts." not in name)
-
-    def aligned_rows(self, name, ours, theirs, tokens):
-        """The rows of one expert, for the tokens that both sides routed to it."""
-        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
-        other = self.theirs.get(at + ".tokens")
-        if other is None and chosen is not None:
-            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
-        other = tokens if other is None else other.flatten().long()
-        if theirs.numel() != len(other) * ours[0].numel():
-            return ours, None, tokens
-        theirs = theirs.reshape(len(other), *ours.shape[1:])
-        mine, picked = torch.where(tokens[:, None] == other)
-        return ours[mine], theirs[picked], tokens[mine]
 
     def expert_tokens(self, name, run=None):
         """The tokens of an expert's rows, in a run or in our trace; None for other quantities."""
@@ -275,15 +276,16 @@ class Diagnosis:
         self.bad, self.keep, self.limit, self.untested = bad, keep, limit, set()
         self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
 
-    def remaining(self, name, mine, tokens=None, theirs=None):
+    def remaining(self, name, mine, run=None, theirs=None):
         """The largest error of theirs against `mine`, or ∞ if no row that differed is left.
 
         Rows of `mine` with NaN are left out: a softmax over nothing gives no number to compare.
         """
         if theirs is None:
-            mine, theirs, tokens = self.pair.aligned(name, mine, tokens)
+            mine, theirs, tokens = self.pair.aligned(name, mine, run)
         else:
             mine, theirs = (as_rows(x, axes(name)) for x in (mine, theirs))
+            tokens = self.pair.expert_tokens(name)
             tokens = torch.arange(len(mine)) if tokens is None else tokens
         if theirs is None or not len(mine):
             return math.inf
@@ -309,24 +311,29 @@ class Diagnosis:
                     self.pair.trace, cause, value, part, self.equal, theirs)
 
     def proved(self):
-        """All proved causes as (text, remaining error, run or None), the best one first."""
+        """The proved causes as (text, remaining error, run or None), in the order of CAUSES.
+
+        If some leave a much larger error than others, or explain fewer of the later tensors of the
+        layer, only the others are returned.
+        """
         found = []
         for text, run in self.runs():
             try:
-                mine = run.reach(self.name)
-                error = self.remaining(self.name, mine, self.pair.expert_tokens(self.name, run))
+                error = self.remaining(self.name, run.reach(self.name), run)
             except MissingError:
                 self.untested.add(run.cause.text)
                 continue
-            except InapplicableError:
-                continue
             found.append((text, error, run))
-        tokens = self.pair.expert_tokens(self.name)
-        found += [(text, self.remaining(self.name, mine, tokens, theirs), None)
+        found += [(text, self.remaining(self.name, mine, theirs=theirs), None)
                   for text, mine, theirs in anywhere(self.pair, self.name)]
         found = [cause for cause in found if cause[1] <= self.limit]
         least = 4 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
-        return sorted(found, key=lambda cause: (cause[1] > least, -len(self.follows(cause[2])[0])))
+
+        def rank(cause):
+            equal, rest = self.follows(cause[2])
+            return cause[1] > least, len(rest) - len(equal)
+        ranks = [rank(cause) for cause in found]
+        return [cause for cause, own in zip(found, ranks, strict=True) if own == min(ranks)]
 
     def follows(self, run):
         """The later tensors of the layer that a run makes equal, and those that it does not."""
@@ -334,10 +341,9 @@ class Diagnosis:
         for name in order[order.index(self.name) + 1:] if run else ():
             if layer_of(name) == layer_of(self.name) and run.affected(name):
                 try:
-                    mine, tokens = run[name], self.pair.expert_tokens(name, run)
-                except LookupError:  # a weight is missing
+                    error = self.remaining(name, run[name], run)
+                except MissingError:
                     continue
-                error = self.remaining(name, mine, tokens)
                 result[error > self.pair.rounding].append(name)
         return result
 
@@ -348,7 +354,10 @@ class Diagnosis:
 def describe_place(pair, name, ours, theirs, tokens):
     """One sentence about the largest difference of some rows."""
     difference = (ours - theirs).abs().nan_to_num(0.0, math.inf)  # −∞ on both sides is equal
-    place = tuple(int(n) for n in torch.unravel_index(difference.argmax(), difference.shape))
+    place, rest = [], int(difference.argmax())
+    for size in reversed(difference.shape):
+        rest, n = divmod(rest, size)
+        place.insert(0, n)
     token = int(tokens[place[0]])
     words = [f"row {token // pair.S}, token {token % pair.S}"]
     letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")]
@@ -359,7 +368,7 @@ def describe_place(pair, name, ours, theirs, tokens):
                      f"{LABELS[letter]} {n}")
     if expert := re.search(r"experts\.(\d+)", name):
         words.append(f"expert {expert[1]}")
-    a, b, size = ours[place].item(), theirs[place].item(), difference[place].item()
+    a, b, size = (x[tuple(place)].item() for x in (ours, theirs, difference))
     ulp = pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))) if a and math.isfinite(a) else 0.0
     ulps = f" ({size / ulp:.3g} ulps of {str(pair.dtype)[6:]})" if ulp else ""
     return (f"The largest difference is {size:.3g}{ulps} at {', '.join(words)}: ours {a:.6g}, "
@@ -404,8 +413,7 @@ class Comparison:
     def numbers(self, name):
         """None if a tensor is equal, else a function that returns sentences about it."""
         pair, keep = self.pair, self.pair.real & ~self.tainted
-        tokens = pair.expert_tokens(name)
-        ours, theirs, tokens = pair.aligned(name, pair.ours[name].double(), tokens)
+        ours, theirs, tokens = pair.aligned(name, pair.ours[name].double())
         if theirs is None:
             return lambda: self.shapes(name)
         kept = keep[tokens]
@@ -421,8 +429,8 @@ class Comparison:
         if not bad.any() or not self.tolerances and self.hidden_flips(name, tokens[bad], limits):
             self.largest = max(self.largest, found[~bad].max().item() if (~bad).any() else 0.0)
             return None
-        at = f"{describe_place(pair, name, ours, theirs, tokens)}"
-        return lambda: self.explain(name, at, found, bad, tokens, limits, error)
+        return lambda: [describe_place(pair, name, ours, theirs, tokens), *self.explain(
+            name, found, bad, tokens, limits)]
 
     def hidden_flips(self, name, bad, limits):
         """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
@@ -435,7 +443,7 @@ class Comparison:
                   self.equal)
         test = Diagnosis(self.pair, name, self.equal, marked, self.pair.real & ~self.tainted, 0.0)
         try:
-            if test.remaining(name, run.reach(name)) > min(limits):
+            if test.remaining(name, run.reach(name), run) > min(limits):
                 return False
         except MissingError:
             return False
@@ -495,11 +503,11 @@ class Comparison:
         return [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
                 f"{list(pair.ours[name].shape)}.", *self.cause(name, everything, pair.rounding)]
 
-    def explain(self, name, at, found, bad, tokens, limits, error):
-        """Sentences about a tensor whose numbers differ."""
-        pair, limit = self.pair, min(limits)
+    def explain(self, name, found, bad, tokens, limits):
+        """Sentences about a tensor whose numbers differ, from the errors of its rows."""
+        pair, limit, error = self.pair, min(limits), found.max().item()
         first = int(tokens[bad][0]) % pair.S
-        lines = [at, f"{int(bad.sum())} of {len(bad)} rows differ, the first at token {first}. The "
+        lines = [f"{int(bad.sum())} of {len(bad)} rows differ, the first at token {first}. The "
                  f"largest error of a row is {error:.2g}; rounding explains {limit:.2g}."]
         if not pair.theirs[name].isfinite().all() and pair.ours[name].isfinite().all():
             lines.append("Theirs has infinite numbers or NaN.")
@@ -533,7 +541,7 @@ class Comparison:
         if run and run.cause.note and mixture in self.pair.shared and (
                 self.numbers(mixture) is None):
             lines.append(run.cause.note)
-        others = [text for text, *_ in causes[1:] if text.partition(", in ")[0] not in lines[0]]
+        others = [text for text, *_ in causes[1:]]
         if others:
             lines.append(f"The same numbers would follow if {'; or if '.join(others[:3])}.")
         return lines

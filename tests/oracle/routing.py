@@ -35,7 +35,7 @@ from trace import add_model_arguments, exit_code, load_model, recording  # besid
 import torch
 
 from convert import check_output, complete_or_absent
-from generate import check_integer, generate
+from generate import check_integer, generate, new_cache
 from tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("routing.html")
@@ -124,7 +124,7 @@ def table(experts, E, colour):
             shares, [6] * E + [12, 12], strict=True))
 
     heads = (f"{e:6}" for e in range(E))
-    yield "percent of the assignments of each expert, and of tokens that repeat an expert"
+    yield "expert load in percent, and percent of tokens that share an expert with the one before:"
     yield (" layer" + "".join(painted(head, e) if colour else head for e, head in enumerate(heads))
            + "  same first  any shared")
     for n, layer in enumerate(experts):
@@ -196,11 +196,21 @@ def picture(texts, experts, E):
 # ------------------------------------------------------------------ the command
 
 
-def read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+def read_tokens(args, tokenizer, model):
+    """The tokens of the text, and all tokens, with those that the model writes after it."""
+    if args.file is None:
+        text = args.prompt
+    else:
+        try:
+            text = args.file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.file}: not UTF-8 text: {error}") from None
+    prompt = tokenizer.encode(text)
+    new_cache(model, 1, len(prompt) + args.max_new_tokens)  # raises ValueError if it is too large
+    [new] = generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_id)
+    if len(prompt + new) < 2:
+        raise ValueError("the text is empty; its statistics need at least one token after <s>")
+    return prompt, prompt + new
 
 
 def write_text(path, text):
@@ -213,16 +223,12 @@ def run(args):
     check_integer("--max-new-tokens", args.max_new_tokens)
     for path in filter(None, (args.html, args.svg)):
         check_output(path)
-    text = args.prompt if args.file is None else read_text(args.file)
     tokenizer, model = Tokenizer(args.model), load_model(args)
     L, E = model.config.num_hidden_layers, model.config.num_local_experts
     layer = L // 2 if args.layer is None else args.layer
     if not 0 <= layer < L:
         raise ValueError(f"--layer must be in 0 … {L - 1}, got {layer}")
-    prompt = tokenizer.encode(text)
-    tokens = prompt + generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_id)[0]
-    if len(tokens) < 2:
-        raise ValueError("the text is empty; its statistics need at least one token after <s>")
+    prompt, tokens = read_tokens(args, tokenizer, model)
     texts, routing = token_texts(tokenizer, tokens), record(model, tokens)
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     print(f"layer {layer}, first expert of each token:\n")

@@ -23,10 +23,6 @@ class MissingError(LookupError):
     """A cause cannot be tested, because a tensor of ours or a weight is missing."""
 
 
-class InapplicableError(LookupError):
-    """A cause does not exist in this model, such as a transposed weight that is not square."""
-
-
 class Trace(NamedTuple):
     """What is known about our side."""
 
@@ -74,14 +70,10 @@ class Run:
         place, last = Place(self, name), word(name)
         if name in self.equal or not (last in self.words or self.words and last in self.cause.also):
             return self.plain(name)
-        if last in self.words:
-            values = self.value if isinstance(self.value, tuple) else (self.value,)
-            result = self.cause.function(place, *(v for v in values if v is not None))
-        else:
-            result = self.cause.also[last](place)
-        if result is None:
-            raise InapplicableError(name)
-        return result
+        if last not in self.words:
+            return self.cause.also[last](place)
+        values = self.value if isinstance(self.value, tuple) else (self.value,)
+        return self.cause.function(place, *(v for v in values if v is not None))
 
     def plain(self, name):
         """The value of a quantity if the cause is not made in it."""

@@ -23,7 +23,7 @@ from convert import write_safetensors
 
 CONFIG = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 20, "num_attention_heads": 4,
           "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 6, "sliding_window": 5,
-          "rope_theta": 1e4, "rms_norm_eps": 1e-3}
+          "rope_theta": 1e4, "rms_norm_eps": 1e-3, "num_hidden_layers": 1}
 
 
 class Port:
@@ -469,9 +469,10 @@ SEEDS = [
     (exchanged("k_proj", "v_proj"), "keys and values are exchanged", "k_proj", {}),
     (exchanged("q_proj", "k_proj"), "queries and keys are exchanged", "q_proj",
      {"config": {"num_key_value_heads": 4}}),
-    ({"weight": square_transposed}, "the weight is used transposed", "q_proj", {}),
-    ({"weight": layer_zero}, "the weight of layer 0 is used", "layers.1.self_attn.q_proj", {}),
-    ({"project": lambda self, normed, x, name: self.linear(x, name)}, "the input is not normed",
+    ({"weight": square_transposed}, "square weights are used transposed", "q_proj", {}),
+    ({"weight": layer_zero}, "the weight of layer 0 is used", "layers.1.self_attn.q_proj",
+     {"config": {"num_hidden_layers": 2}}),
+    ({"project": lambda self, normed, x, name: self.linear(x, name)}, "the input of the projections is not normed",
      "q_proj", {}),
     ({"output": lambda self, mixed, name: self.linear(mixed.transpose(0, 1).reshape(-1, 32), name)},
      "the heads are not transposed back", "o_proj", {}),
@@ -505,9 +506,9 @@ SEEDS = [
      {"chunk": 4}),
     (placed(lambda self, p: p - self.first), "positions start at 0 instead", "q_rotated", FAR),
     (placed(lambda self, p: p / 4), "positions are divided by 4", "q_rotated", {}),
-    ({"angles": lambda self, p, d: Port.angles(self, p, d).sign() * p.double()[:, None, None]
-      / 3210 ** (torch.arange(4) / 4)}, "rope_theta is 3210", "q_rotated", {}),
-    ({"angles": lambda self, p, d: p.double()[:, None, None] / 1e4 ** (torch.arange(4) / 8)},
+    ({"angles": lambda self, p, d: p[:, None, None] / 3210 ** (torch.arange(4).double() / 4)},
+     "rope_theta is 3210", "q_rotated", {}),
+    ({"angles": lambda self, p, d: p[:, None, None] / 1e4 ** (torch.arange(4).double() / 8)},
      "the exponent of the frequency is i/d", "q_rotated", {}),
     (single_angles(lambda theta, x: torch.tensor(theta) ** -x),
      "angles are computed in float32", "q_rotated", FAR),
@@ -695,7 +696,8 @@ PLACES = {"moe": "block_sparse_moe", "layers.0": "model.layers.0"}
 def test_a_seeded_error_is_named_from_a_full_trace(seed, dtype, golden_trace, tmp_path, capsys):
     wrong, cause, place, options = seed
     ours = golden_trace(**options)
-    code, text = verdict(ours, port(ours, dtype, wrong, **options), tmp_path, capsys)
+    code, text = verdict(ours, port(ours, dtype, wrong, **options), tmp_path, capsys,
+                         "--chunk", str(options.get("chunk", 0)))
     first, others = causes_in(text)
     named = re.search(r"first tensor that differs is (.*)\.\n", text)
     assert code == 1 and named and named[1].endswith(PLACES.get(place, place)), text

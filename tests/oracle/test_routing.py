@@ -141,6 +141,18 @@ def test_the_page_holds_the_routing_of_the_prompt_and_its_continuation(tokenizer
     assert (torch.tensor(data["margins"]).double() - margins).abs().max() < 5.1e-5
 
 
+def test_no_text_of_a_token_can_end_the_data_of_the_page():
+    model = random_model()
+    texts = ["</script>", "<script>", "<!--", "\u2028\x00&amp;\\"]
+    html = routing.page("<b>", model.config, [1, 2, 3, 4], texts, 4,
+                        routing.record(model, [1, 2, 3, 4]))
+    template = routing.PAGE.read_text(encoding="utf-8")
+    for markup in ("<script", "</script", "<!--", "<b>"):
+        assert html.count(markup) == template.count(markup)
+    data = json.loads(re.search('type="application/json">(.*?)</script>', html)[1])
+    assert (data["model"], data["tokens"]) == ("<b>", texts)
+
+
 def test_the_command_makes_the_picture_of_the_readme_bit_for_bit(tmp_path):
     options = ["--prompt", "Once upon a time", "--max-new-tokens", "70"]
     assert routing.main([*options, "--svg", str(tmp_path / "new.svg")]) == 0

@@ -4,7 +4,8 @@
 
 The file holds one tensor per quantity, in the dtype in which it was computed. What a module returns
 has the name of the module, as `model.layers.0.self_attn.q_proj`. A quantity inside a module has the
-name of the module and one more word, as `model.layers.0.self_attn.q_rotated`. AXES lists them all.
+name of the module and one more word, as `model.layers.0.self_attn.q_rotated`. The table AXES in
+tests/reference.py lists them all.
 
 The model is the plain one of `Mixtral.from_pretrained`. Its code contains nothing for tracing: all
 quantities come from hooks and from two functions of mixtral.py, `route` and `rotate`, which are
@@ -26,10 +27,11 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
+from reference import axes
 
 import mixtral
 from convert import check_output, write_safetensors
@@ -37,26 +39,8 @@ from generate import DTYPES, TINY
 from mixtral import Attention, Block, Mixtral, SparseMoE, at_least_float32
 from tokenizer import Tokenizer
 
-# The axes of each quantity, by the last word of its name, in the letters of mixtral.py. The layers
-# themselves have numbers as names; they are listed as `layer`.
-AXES = {
-    "embed_tokens": "B S D", "input_layernorm": "B S D", "q_proj": "B S H·d", "k_proj": "B S K·d",
-    "v_proj": "B S K·d", "q_rotated": "B S H d", "k_rotated": "B S K d", "scores": "B H S T",
-    "probabilities": "B H S T", "mixed": "B S H d", "o_proj": "B S D", "residual": "B S D",
-    "post_attention_layernorm": "B S D", "gate": "N E", "chosen": "N A", "weights": "N A",
-    "margin": "N", "tokens": "R", "w1": "R M", "w3": "R M", "hidden": "R M", "w2": "R D",
-    "block_sparse_moe": "B S D", "layer": "B S D", "norm": "B S D", "lm_head": "B S V"}
-
 # The quantities that are the input of a module, by the name of that module.
 INPUTS = {"post_attention_layernorm": "residual", "w2": "hidden", "o_proj": "mixed"}
-
-
-def axes(name):
-    """The axes of a quantity as a list of letters. Raises KeyError for an unknown name."""
-    word = name.rpartition(".")[2]
-    if name == "tokens":  # the input of the model; elsewhere the tokens of one expert
-        return ["B", "S"]
-    return AXES["layer" if word.isdecimal() else word].split()
 
 
 class Recorder:

@@ -119,7 +119,7 @@ CHANGES["mixtral.py"] = [
     ("a length beyond the row", "all(0 <= length <= S for", "all(0 <= length for"),
     ("lengths of another dtype", "and lengths.dtype == torch.int64", ""),
     ("missing tensors are accepted", "strict=True, assign=True", "strict=False, assign=True"),
-    ("mixed dtypes are accepted", "if len(dtypes) != 1:", "if not dtypes:"),
+    ("mixed dtypes are accepted", "if len(dtypes) != 1 or not dtypes <=", "if not dtypes <="),
     ("repeated tensors are accepted", "if name in weights:", "if False:"),
     ("dtype is ignored", "dtype=dtype if weight.is_floating_point() else None)", "dtype=None)"),
     # 4-bit weights

@@ -210,8 +210,9 @@ def durations(mutants, place, args):
 def print_row(run, outcome, test):
     file, change, *_ = run.mutant
     spent = time.monotonic() - run.start
-    told = re.sub(r".*/", "", test) if outcome == FAILED else outcome
-    print(f"{file:23} {change:44} {spent:4.0f} s  {told}", flush=True)
+    # tests/test_x.py::test_y[1-2] becomes test_x.py::test_y
+    result = re.sub(r"^.*?(\w+\.py::\w+).*", r"\1", test) if outcome == FAILED else outcome
+    print(f"{file:23} {change:44} {spent:4.0f} s  {result}", flush=True)
 
 
 def parse_arguments(argv):

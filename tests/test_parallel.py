@@ -1,0 +1,557 @@
+"""Claims about several devices: the same numbers and texts, and an end whatever happens.
+
+Starting PyTorch takes seconds, so most ranks here are forked from one process that has imported it,
+by `serve` at the end of this file. It starts them as torchrun does, and like torchrun it ends all of
+them when one fails. The last tests use torchrun itself.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import random_model, save
+
+import generate as program
+from convert import write_safetensors
+from generate import TINY, TunedInt4Linear, generate, load
+from mixtral import Mixtral, unpack
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 30  # seconds within which all ranks must end after one has
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def pack(weight, G):
+    """Words and scales of a weight rounded to 4 bits, so that `unpack` gives about the weight."""
+    groups = weight.unflatten(1, (-1, G))
+    scale = groups.abs().amax(-1) / 7
+    u = (groups / scale[..., None]).round().flatten(1).long() + 8
+    words = sum(u[:, n::8] << 4 * n for n in range(8))  # word j holds the columns 8j … 8j + 7
+    return torch.where(words < 2**31, words, words - 2**32).int(), scale
+
+
+def save_int4(model, directory, G):
+    """Write a checkpoint whose experts have 4 bits."""
+    scheme = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+            "group_size": G}}}}
+    save(model, directory, quantization_config=scheme)
+    tensors = model.state_dict()
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors.pop(name)
+        tensors[f"{name}_packed"], tensors[f"{name}_scale"] = pack(weight, G)
+        tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+    write_safetensors(directory / "model.safetensors", tensors)
+
+
+SIZES = {"vocab_size": 2048, "hidden_size": 24, "intermediate_size": 64, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 6}
+CHANGES = {
+    "odd heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "odd key heads": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "odd width": {"intermediate_size": 63},
+    "no window": {"sliding_window": None},
+    "nan": {}, "random": {}}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Random checkpoints by name; in all of them head_dim is not hidden_size / heads."""
+    root = tmp_path_factory.mktemp("models")
+    for name, changes in CHANGES.items():
+        model = random_model(5, **SIZES | changes)
+        if name == "nan":
+            model.model.norm.weight[0] = torch.nan
+        save(model, root / name)
+    save_int4(random_model(5, **SIZES), root / "int4", 16)
+    save_int4(random_model(5, **SIZES | {"intermediate_size": 48}), root / "odd groups", 16)
+    kernel = SIZES | {"hidden_size": 64, "head_dim": 16, "dtype": torch.bfloat16}
+    save_int4(random_model(5, **kernel), root / "int4 kernel", 32)
+    shutil.copytree(root / "random", root / "1")
+    data = (root / "random" / "model.safetensors").read_bytes()
+    (root / "1" / "model.safetensors").write_bytes(data[:-1])
+    for directory in list(root.iterdir()):
+        shutil.copy(TINY / "tokenizer.model", directory)
+    (root / "0").symlink_to(root / "random")  # so "{rank}" is damaged on rank 1 only
+    return root
+
+
+# ------------------------------------------------------------------ numbers
+
+
+@torch.inference_mode()
+def readings(model):
+    """Logits of one pass, of chunks through the rolling buffer, of single tokens, of ragged rows."""
+    V = model.config.vocab_size
+    text = torch.randint(V, (3, 30), generator=torch.Generator().manual_seed(0))
+    lengths, more = torch.tensor([30, 7, 23]), torch.tensor([0, 5, 2])
+    steps, ragged = model.new_cache(3, 30), model.new_cache(3, 40, chunk=4)
+    found = [
+        model(text), model(text, model.new_cache(3, 30, chunk=4)),
+        torch.cat([model(text[:, t:t + 1], steps) for t in range(30)], dim=1),
+        *(model(text, ragged, lengths)[row, :n] for row, n in enumerate(lengths)),
+        *(model(text[:, :5], ragged, more)[row, :n] for row, n in enumerate(more))]
+    return {"logits": found, "cache": steps.keys.shape}
+
+
+def measure(directory, dtype=None):
+    """Everything that the tests below compare, of a checkpoint loaded on this rank."""
+    tokenizer, model = load(directory, dtype)
+    prompt = tokenizer.encode("Once upon a time")
+    storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
+                for w in (*model.parameters(), *model.buffers())}
+    return readings(model) | {
+        "bytes": sum(storages.values()),
+        "shapes": {name: w.shape for name, w in model.state_dict().items()},
+        "kernels": sum(isinstance(layer, TunedInt4Linear) for layer in model.modules()),
+        "unseeded": generate(model, [prompt, prompt[:2]], 12, temperature=2.0),
+        "seeded": generate(model, [prompt, prompt[:2]], 12, temperature=1.0, seed=7)}
+
+
+def measure_in_ranks(directories, folder):
+    """`measure` on one of several ranks that the caller connects without torchrun."""
+    rank, ranks = int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
+    del os.environ["TORCHELASTIC_RUN_ID"]
+    dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=ranks)
+    found = {directory: measure(directory, dtype and getattr(torch, dtype))
+             for directory, dtype in directories.items()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def measured(models, start, tmp_path_factory):
+    """The results of `measure` by checkpoint and number of ranks; for 1 rank they are computed here
+    with the plain model."""
+    dtypes = {str(TINY): "float64", str(models / "random"): "float64",
+              str(models / "int4"): "float64", str(models / "int4 kernel"): None}
+    found = {}
+    for ranks in (2, 4):
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        given = {name: dtype for name, dtype in dtypes.items()
+                 if ranks == 2 or name != str(TINY)}  # which has two key/value heads
+        ended = start(ranks, call="measure_in_ranks", args=[given, str(folder)])
+        assert ended["codes"] == [0] * ranks, ended["err"]
+        each = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+        found |= {(Path(name).name, ranks): [one[name] for one in each] for name in given}
+    for name, dtype in dtypes.items():
+        found[Path(name).name, 1] = measure(name, dtype and getattr(torch, dtype))
+        plain = Mixtral.from_pretrained(name, dtype and getattr(torch, dtype))
+        found[Path(name).name, 1] |= readings(plain)
+    return found
+
+
+SHARED = [("tiny", 2), ("random", 2), ("random", 4), ("int4", 2), ("int4", 4)]
+
+
+@pytest.mark.parametrize("name, ranks", SHARED)
+def test_every_rank_gives_the_float64_logits_of_one_process(measured, name, ranks):
+    """In one pass, in chunks and token by token through a cache, and for ragged rows."""
+    whole = measured[name, 1]["logits"]
+    assert whole[0].dtype == torch.float64 and len({float(x.std()) for x in whole[:2]}) == 2
+    for one in measured[name, ranks]:
+        assert all((a - b).abs().max() < 1e-12
+                   for a, b in zip(one["logits"], whole, strict=True) if b.numel())
+
+
+@pytest.mark.parametrize("name, ranks", SHARED)
+def test_ranks_draw_the_tokens_of_one_process_and_without_a_seed_the_same(measured, name, ranks):
+    for one in measured[name, ranks]:
+        assert one["seeded"] == measured[name, 1]["seeded"]
+        assert one["unseeded"] == measured[name, ranks][0]["unseeded"]
+    assert measured[name, ranks][0]["unseeded"] != measured[name, 1]["unseeded"]
+
+
+def test_two_ranks_hold_at_most_6_tenths_of_the_embedded_model_each(measured):
+    for one in measured["tiny", 2]:
+        assert one["bytes"] <= 0.6 * measured["tiny", 1]["bytes"]
+
+
+SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "w1": 0, "w3": 0, "w2": 1}
+
+
+@pytest.mark.parametrize("name, ranks", SHARED)
+def test_each_rank_holds_its_share_of_every_divided_weight_and_of_the_cache(measured, name, ranks):
+    whole = measured[name, 1]["shapes"]
+    for one in measured[name, ranks]:
+        assert one["shapes"].keys() == whole.keys()
+        for weight, shape in whole.items():
+            layer, kind = weight.split(".")[-2:]
+            wanted = list(shape)
+            if layer in SPLIT and kind != "weight_shape":
+                wanted[SPLIT[layer]] //= ranks
+            assert list(one["shapes"][weight]) == wanted
+        cache = list(measured[name, 1]["cache"])
+        cache[3] //= ranks  # (L, B, C, K, d)
+        assert list(one["cache"]) == cache
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_kernel_for_4_bits_runs_on_every_rank(measured, ranks):
+    """The logits have rounding errors of bfloat16, which are about 2⁻⁸ of an activation."""
+    whole = measured["int4 kernel", 1]
+    for one in measured["int4 kernel", ranks]:
+        assert one["kernels"] == whole["kernels"] == 2 * 8 * 3
+        logits, wanted = one["logits"][0], whole["logits"][0]
+        assert (logits - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+
+
+def test_packing_is_the_inverse_of_unpacking():
+    q = torch.randint(-7, 8, (6, 4, 16))
+    q[:, :, 3] = 7  # so that the scale is the one given
+    scale = 2.0 ** torch.randint(-3, 3, (6, 4))
+    weight = (q * scale[..., None]).flatten(1)
+    words, found = pack(weight, 16)
+    assert torch.equal(found, scale) and torch.equal(unpack(words, found), weight)
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def alone(start):
+    """The standard output of a command in one process."""
+    def alone(*args, stdin=""):
+        ended = start(0, args=args, stdin=stdin)
+        assert ended["codes"] == [0], ended["err"]
+        return ended["out"][0]
+
+    return alone
+
+
+def printed_once(ended):
+    """Check that all ranks have succeeded and only the first has printed; returns what it did."""
+    assert set(ended["codes"]) == {0}, ended["err"]
+    assert not any(ended["out"][1:]) and not any(ended["err"][1:])
+    return ended["out"][0], ended["err"][0]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--prompt", "Once upon a time", "--max-new-tokens", "30"],
+    ["--prompt", "Once upon a time", "--max-new-tokens", "30", "--temperature", "0.8", "--seed",
+     "3"],
+    ["--prompt", "Once upon", "--prompt", "The", "--temperature", "1", "--top-p", "0.9", "--seed",
+     "1", "--stop", "and", "--max-new-tokens", "20"],
+    ["--chat", "--prompt", "Hello", "--system", "Be kind.", "--max-new-tokens", "9"]])
+def test_two_ranks_print_once_what_one_process_prints(start, alone, flags):
+    """The embedded model runs in float32."""
+    out, told = printed_once(start(2, args=flags))
+    assert out == alone(*flags)
+    assert len(re.findall("tokens read", told)) == 1
+    assert told.count("\n") == (2 if "--chat" in flags else 1)
+
+
+def test_json_of_two_ranks_is_that_of_one_process(start, alone):
+    flags = ["--prompt", "Once \u2028", "--prompt", "é", "--json", "--temperature", "1", "--seed",
+             "2", "--max-new-tokens", "12", "--stop", "th"]
+    out, _ = printed_once(start(2, args=flags))
+    for found, wanted in zip(map(json.loads, out.splitlines()),
+                             map(json.loads, alone(*flags).splitlines()), strict=True):
+        assert found.pop("timings").keys() == wanted.pop("timings").keys()
+        assert found.pop("logprobs") == pytest.approx(wanted.pop("logprobs"), abs=1e-4)
+        assert found == wanted
+
+
+CONVERSATION = ("Hello\n\n/system Be kind.\nWho are you?\nAnd you? 🦙\n/nonsense\n/reset\nHello\n"
+                "/exit\nnobody reads this\n")
+
+
+@pytest.mark.parametrize("flags, stdin", [
+    (["--chat", "--max-new-tokens", "5"], CONVERSATION), (["--chat"], ""),
+    (["--max-new-tokens", "5"], "Once upon\na time, 🦙\n"), (["--max-new-tokens", "5"], "")])
+def test_the_first_rank_reads_standard_input_for_all(start, alone, models, flags, stdin):
+    flags = ["--model", str(models / "random"), *flags]
+    out, told = printed_once(start(2, args=flags, stdin=stdin))
+    assert out == alone(*flags, stdin=stdin)
+    assert told.count("/nonsense: unknown") == stdin.count("/nonsense")
+
+
+@pytest.mark.parametrize("name, ranks", [("random", 4), ("int4", 2), ("int4", 4)])
+def test_four_ranks_and_4_bit_checkpoints_print_what_one_process_prints(
+        start, alone, models, name, ranks):
+    flags = ["--model", str(models / name), "--prompt", "Once", "--max-new-tokens", "20",
+             "--temperature", "1", "--seed", "5"]
+    assert printed_once(start(ranks, args=flags))[0] == alone(*flags)
+
+
+# ------------------------------------------------------------------ the end
+
+
+def lines(ended):
+    """What all ranks have written to standard error, as one list of lines."""
+    return "".join(ended["err"]).splitlines()
+
+
+@pytest.mark.parametrize("name, message", [
+    ("odd heads", "2 ranks .*num_attention_heads 3"),
+    ("odd key heads", "2 ranks .*num_key_value_heads 3"),
+    ("odd width", "2 ranks .*intermediate_size 63"),
+    ("odd groups", r"w2\.weight_.*2 ranks must divide its 3 groups"),
+    ("{rank}", r"1/model\.safetensors: not a complete safetensors file"),
+    ("absent", r"absent: no model\*\.safetensors"),
+    ("nan", "the logits are NaN")])
+def test_a_model_that_cannot_run_is_refused_in_one_line(start, models, name, message):
+    """The damaged file, "{rank}", is one that the first rank never reads."""
+    ended = start(2, args=["--model", str(models / name), "--prompt", "x"])
+    [told] = lines(ended)
+    assert told.startswith("generate.py: ") and re.search(message, told)
+    assert ended["out"] in (["", ""], ["x", ""])
+    assert 1 in ended["codes"] and set(ended["codes"]) <= {1, -signal.SIGTERM}
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--bogus"], "unrecognized arguments: --bogus"), (["--top-p", "x"], "invalid float value"),
+    (["--temperature", "-1"], "temperature must be"), (["--stop", ""], "--stop needs a string"),
+    (["--device", "nonsense"], "device 'nonsense' is not usable here")])
+def test_bad_arguments_are_reported_once(start, args, message):
+    ended = start(2, args=["--prompt", "x", *args])
+    told = lines(ended)
+    assert message in told[-1] and len([line for line in told if "generate.py:" in line]) == (
+        2 if "usage" in told[0] else 1)
+    assert ended["out"] == ["", ""] and ended["codes"][0] in (1, 2)
+
+
+def test_help_is_printed_once(start):
+    ended = start(2, args=["--help"])
+    assert ended["out"][0].count("usage: generate.py") == 1 and not ended["out"][1]
+
+
+def test_more_tokens_than_the_memory_holds_are_refused_in_one_line(start, models):
+    model = ["--model", str(models / "no window"), "--max-new-tokens", str(10**15)]
+    ended = start(2, args=[*model, "--prompt", "x"])
+    [told] = lines(ended)
+    assert "GB of cache" in told and ended["codes"][0] == 1
+    ended = start(2, args=[*model, "--chat"], stdin="x\ny\n")  # a conversation goes on
+    told = lines(ended)
+    assert ended["codes"] == [0, 0] and len(told) == 2 and all("GB of cache" in t for t in told)
+
+
+def test_input_that_is_not_text_is_refused_in_one_line(start, models):
+    ended = start(2, args=["--model", str(models / "random")], stdin="\udcff")
+    [told] = lines(ended)
+    assert "not UTF-8" in told and 1 in ended["codes"] and ended["out"] == ["", ""]
+
+
+def test_a_full_disk_ends_all_ranks_in_one_line(start, models):
+    ended = start(2, args=["--model", str(models / "random"), "--prompt", "x"], stdout="/dev/full")
+    assert lines(ended) == ["generate.py: standard output: No space left on device"]
+    assert 1 in ended["codes"]
+
+
+def test_a_reader_that_goes_away_is_no_error_on_any_rank(start, models):
+    ended = start(2, args=["--model", str(models / "no window"), "--prompt", "Once upon a time",
+                           "--max-new-tokens", "100000"], when=10, close=True)
+    assert ended["out"][0].startswith("Once upon ") and ended["codes"] == [0, 0]
+    assert lines(ended) == [] and ended["seconds"] < LIMIT
+
+
+LONG = ["--prompt", "Once upon a time", "--max-new-tokens", "100000"]
+
+
+@pytest.mark.parametrize("ranks, killed", [(2, 0), (2, 1), (4, 2)])
+def test_when_a_rank_is_killed_the_others_say_so_and_end(start, models, ranks, killed):
+    """Nothing else ends them here, as torchrun would."""
+    ended = start(ranks, args=["--model", str(models / "no window"), *LONG], when=30,
+                  signal=signal.SIGKILL, to=[killed], together=False)
+    assert ended["out"][0].startswith("Once upon a time")
+    assert ended["seconds"] < LIMIT and ended["codes"].pop(killed) == -signal.SIGKILL
+    assert set(ended["codes"]) == {1} and not ended["err"].pop(killed)
+    for told in ended["err"]:
+        assert re.fullmatch(r"generate\.py: rank \d stops because another rank has ended\n", told)
+
+
+def fail_on_the_second_rank(error, args):
+    """The command on a rank that raises an error while it draws the third token."""
+    steps, plain = [], program.draw
+
+    def draw(*given):
+        steps.append(given)
+        if len(steps) == 3 and dist.get_rank() == 1:
+            raise {"RuntimeError": RuntimeError, "KeyError": KeyError}[error]("a defect")
+        return plain(*given)
+
+    program.draw = draw
+    return program.main(args)
+
+
+@pytest.mark.parametrize("error", ["RuntimeError", "KeyError"])
+def test_when_a_rank_raises_its_reason_is_shown_and_the_others_end(start, models, error):
+    """An error that no input explains keeps its traceback; it must not be called a lost rank."""
+    args = ["--model", str(models / "no window"), *LONG]
+    ended = start(2, call="fail_on_the_second_rank", args=[error, args], together=False)
+    assert ended["codes"] == [1, 1] and ended["seconds"] < LIMIT
+    assert re.search(f"Traceback.*{error}: .?a defect", ended["err"][1], re.DOTALL)
+    assert "has ended" not in ended["err"][1]
+    assert ended["err"][0] == "generate.py: rank 0 stops because another rank has ended\n"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_ctrl_c_ends_all_ranks_and_the_text_so_far_is_printed(start, models, flags):
+    """Like a terminal and torchrun, this interrupts all ranks."""
+    args = ["--model", str(models / "no window"), *LONG, *flags]
+    ended = start(2, args=args, when=0 if flags else 30, signal=signal.SIGINT, to=[0, 1])
+    assert ended["codes"][0] == 130 and ended["codes"][1] in (130, -signal.SIGTERM)
+    assert ended["seconds"] < LIMIT
+    [told] = lines(ended)
+    assert "tokens read" in told and not ended["out"][1]
+    if flags:
+        assert json.loads(ended["out"][0])["finish_reason"] == "interrupted"
+    else:
+        assert ended["out"][0].startswith("Once upon a time")
+
+
+def test_ctrl_c_ends_a_conversation_that_waits_for_its_user(start, models):
+    args = ["--model", str(models / "random"), "--chat", "--max-new-tokens", "5"]
+    ended = start(2, args=args, stdin="Hello\n", wait=True, when=1, signal=signal.SIGINT,
+                  to=[0, 1])
+    assert ended["codes"][0] == 130 and ended["seconds"] < 10
+    assert all("tokens read" in line for line in lines(ended))
+
+
+# ------------------------------------------------------------------ torchrun itself
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def torchrun(*args, **options):
+    return subprocess.Popen([*TORCHRUN, *args], cwd=ROOT, text=True, env=ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+@pytest.fixture(scope="module")
+def torchruns():
+    """Two commands that start at the same time, because each takes seconds to import PyTorch."""
+    story = ["generate.py", "--prompt", "Once upon a time", "--max-new-tokens"]
+    processes = torchrun(*story, "20"), torchrun(*story, "100000")
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_torchrun_prints_what_one_process_prints_and_one_summary_line(torchruns, alone):
+    out, told = torchruns[0].communicate(timeout=300)
+    assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "20")
+    assert torchruns[0].returncode == 0
+    assert re.fullmatch(r"\[5 tokens read, .*; 20 written, .*\]\n", told)
+
+
+def test_torchrun_ends_when_one_of_its_processes_is_killed(torchruns):
+    process = torchruns[1]
+    assert process.stdout.read(16) == "Once upon a time"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children
+             if b"generate.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    start = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode != 0 and time.monotonic() - start < LIMIT
+    assert "SIGKILL" in told and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+RECIPE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], tp_plan="auto", dtype=torch.float32)
+tokens = model.generate(torch.tensor([[1, 429, 440, 261, 399]]), max_new_tokens=20,
+                        do_sample=False)
+if torch.distributed.get_rank() == 0:
+    print(tokens[0].tolist(), model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0])
+"""
+
+
+def test_the_recipe_with_transformers_gives_the_same_text(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "serve.py").write_text(RECIPE)
+    process = torchrun(tmp_path / "serve.py", str(TINY))
+    out, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    tokenizer, model = load(TINY, torch.float32)
+    prompt = tokenizer.encode("Once upon a time")
+    [new] = generate(model, [prompt], 20, eos_id=tokenizer.eos_id)
+    assert out == f"{prompt + new} 96\n"  # 96 of the 192 rows of q_proj are on a rank
+
+
+# ------------------------------------------------------------------ processes
+
+
+@pytest.fixture(scope="module")
+def start(torchruns, tmp_path_factory):
+    """Run a command or a function of this file on some ranks; see `launch` for the options."""
+    root = tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    server = subprocess.Popen(
+        [sys.executable, __file__], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=ENVIRONMENT | {"PYTHONPATH": path})
+
+    def start(ranks, **options):
+        folder = Path(root) / str(len(list(root.iterdir())))
+        folder.mkdir()
+        print(json.dumps([ranks, str(folder), options]), file=server.stdin, flush=True)
+        ended = json.loads(server.stdout.readline())
+        ended["err"] = [(folder / f"{rank}.err").read_text() for rank in range(max(ranks, 1))]
+        return ended
+
+    yield start
+    server.stdin.close()
+    server.wait()
+
+
+def serve():
+    """Read one request per line and answer it by one line; see `start` and `launch`."""
+    while request := sys.stdin.readline():
+        ranks, folder, options = json.loads(request)
+        answer, told = os.pipe()
+        if os.fork() == 0:
+            result = launch(ranks, folder, **options)
+            os.write(told, json.dumps(result).encode())
+            os._exit(0)
+        os.close(told)
+        with open(answer) as file:
+            print(file.read(), flush=True)
+        os.wait()
+
+
+def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, when=None,
+           signal=None, to=(), close=False, together=True):
+    """Start ranks and wait for them, as torchrun does; 0 ranks are one process without it.
+
+    `call` names a function of this file in place of the command. `wait` leaves standard input open.
+    After `when` bytes of output, a signal is sent `to` some ranks, or the output is closed. If a
+    rank fails, the others are ended, unless `together` is false. Returns their exit codes, their
+    outputs, and the seconds until the end (from the signal, if there is one).
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    outputs, inputs, pids = [], [], []
+    for rank in range(max(ranks, 1)):
+        for pipes in (inputs, outputs):
+            pipes.append(os.pipe())
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            opened = inputs[-1][0], os.open(stdout, os.O_WRONLY) if stdout else outputs[-1][1]
+            become(rank, ranks, store.port, folder, *opened)
+            os.closerange(3, 256) if not ranks else None
+            sys.exit(call_or_command(call, args, folder, rank))
+    return {}
+
+
+if __name__ == "__main__":
+    serve()
