@@ -802,7 +802,9 @@ def write_weights(part, files):
 # ------------------------------------------------------------------ 4-bit weights
 
 GROUP_SIZES = (32, 64, 128, 256)  # those that other programs have fast kernels for
-FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+# The values of c in the equation of `quantise`. On the embedded model in groups of 32 they leave a
+# relative error of the weights of 8.8 %; c = 7.5 alone leaves 9.6 %, and steps of 0.5 leave 8.9 %.
+DIVISORS = [n / 4 for n in range(27, 37)]
 BLOCK = 2**17  # weights quantised at a time, so that they stay in the CPU's cache
 
 
@@ -828,21 +830,21 @@ def check_group_size(place, config, scheme, G):
                          f"--group-size can be {' or '.join(map(str, fitting)) or 'nothing'} here")
 
 
-def quantise(weight, G, dtype, factors=FACTORS):
+def quantise(weight, G, dtype, divisors=DIVISORS):
     """Round every group of G weights of a row to multiples q·s of a scale s, with −8 ≤ q ≤ 7.
 
     weight (M, D) -> (M, D), (M, D/G)
 
-        s = f · max|w| / 7.5, rounded to dtype        q = clamp(round(w / s), −8, 7)
+        s = max|w| / c, rounded to dtype        q = clamp(round(w / s), −8, 7)
 
-    Of the factors f, each group takes the one with the least squared error Σ(w − q·s)². A small
-    factor clips the largest weights and rounds all others more finely. Returns q and s.
+    Each group takes the c with the least squared error Σ(w − q·s)². A larger c clips the largest
+    weights and rounds all others more finely. The second result holds the scales.
     """
     groups = weight.unflatten(1, (-1, G))  # (M, D/G, G)
     largest = groups.abs().amax(dim=-1, keepdim=True)
     best = least = None
-    for factor in factors:
-        scale = (factor / 7.5 * largest).to(dtype).to(weight.dtype)
+    for divisor in divisors:
+        scale = (largest / divisor).to(dtype).to(weight.dtype)
         scale.masked_fill_(scale == 0, 1)  # a group of zeros
         q = (groups / scale).round_().clamp_(-8, 7)
         error = (groups - q * scale).square_().sum(dim=-1, keepdim=True)

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -458,7 +459,7 @@ def new_cache(model, rows, length):
     check_integer("the length of a text", length)
     one = model.new_cache(1, 1)
     slots = min(length, (model.config.sliding_window or length) + 255)
-    needed, free = rows * slots * 2 * one.keys.nbytes, free_memory(one.keys.device)
+    needed, free = rows * slots * 2 * one.keys.nbytes, from_first_rank(free_memory(one.keys.device))
     if free is not None and needed > free:
         raise ValueError(f"{rows} rows of {length} tokens need {needed / 1e9:.1f} GB of cache, but "
                          f"{free / 1e9:.1f} GB of memory are free; ask for fewer tokens")
@@ -511,7 +512,7 @@ def shard(raw, weights, rank, ranks):
     for name, weight in weights.items():
         layer, kind = ("." + name).split(".")[-2:]
         axis = SPLIT.get(layer)
-        if axis is not None and kind == "weight_shape":
+        if axis is not None and kind == "weight_shape" and weight.numel() == 2:
             weight = weight.clone()
             weight[axis] //= ranks
         elif axis is not None and weight.ndim == 2:
@@ -536,39 +537,85 @@ def reduce_outputs(model):
     return model
 
 
-def join_ranks(device):
-    """Connect the processes that torchrun started, if any; returns the device of this one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return device
-    cuda = device.startswith("cuda")
-    if cuda:
+def join_ranks():
+    """Connect the processes that torchrun started, if any. CPU tensors travel by gloo."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        # The timeout is long because a chat waits for its user; a dead rank is noticed at once.
+        dist.init_process_group(timeout=timedelta(days=1))
+
+
+def own_device(device):
+    """The device of this rank: with CUDA, the one with the number LOCAL_RANK."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         check_device(device)
         torch.cuda.set_device(device)
-    # The timeout is long because a chat waits for its user; a rank that dies is noticed at once.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
-    if dist.get_rank() > 0:  # errors of this rank alone still go to sys.__stderr__
-        sys.stdout = sys.stderr = open(os.devnull, "w")
     return device
 
 
-def from_first_rank(value, device):
+def from_first_rank(value):
     """The value that rank 0 passed, on every rank; it must have a form in JSON."""
     if not dist.is_initialized():
         return value
-    data = torch.tensor(list(json.dumps(value).encode()), device=device)
-    size = torch.tensor([len(data)], device=device)
+    data = torch.tensor(list(json.dumps(value).encode()))
+    size = torch.tensor([len(data)])
     dist.broadcast(size, src=0)
     data = data if dist.get_rank() == 0 else data.new_empty(int(size))
     dist.broadcast(data, src=0)
     return json.loads(bytes(data.tolist()))
 
 
+ENDED = "generate.py: exit code"
+
+
+def store():
+    """The store through which torchrun connects the ranks; it outlives them."""
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                         is_master=False, timeout=timedelta(seconds=10))
+
+
+def exit_code_of_first_rank():
+    """The exit code that rank 0 has left in the store, or None."""
+    with contextlib.suppress(RuntimeError):
+        return int(store().get(ENDED)) if store().check([ENDED]) else None
+
+
+def lead(argv):
+    """`attempt` on rank 0, which prints. The others end silently if they find its exit code."""
+    try:
+        code = attempt(argv)
+    except SystemExit as end:
+        code = end.code
+    if dist.is_initialized():
+        store().set(ENDED, str(code))
+    return code
+
+
+def follow(argv):
+    """`attempt` on another rank, which prints nothing.
+
+    It joins first, so that rank 0 alone reports wrong arguments. torchrun ends all ranks when one
+    fails, so after an error it waits until rank 0 has printed the same one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all end
+    with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null),
+          contextlib.redirect_stderr(null)):
+        join_ranks()
+        try:
+            code = attempt(argv)
+        except SystemExit as end:
+            code = end.code
+        if code:
+            with contextlib.suppress(RuntimeError):
+                store().wait([ENDED], timedelta(seconds=10))
+        return code
+
+
 def load_together(directory, dtype, device):
     """`load` on every rank. If it fails on one of them, all of them end."""
     error = None
     try:
-        loaded = load(directory, dtype, device)
+        loaded = load(directory, dtype, own_device(device))
     except ValueError as problem:
         error = problem
     if not dist.is_initialized():
@@ -576,11 +623,12 @@ def load_together(directory, dtype, device):
             raise error
         return loaded
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    failed = torch.tensor(rank if error else ranks, device=device)
+    failed = torch.tensor(rank if error else ranks)
     dist.all_reduce(failed, op=dist.ReduceOp.MIN)
     if failed == rank:
         print(f"generate.py: {error}", file=sys.__stderr__)
     if failed < ranks:
+        dist.barrier()  # the error has been printed
         sys.exit(1)
     return loaded
 
@@ -634,13 +682,13 @@ def read_prompt():
     return [text.replace("\r\n", "\n").removesuffix("\n")]
 
 
-def read_line(prompt, device):
+def read_line(prompt):
     """The next line of standard input, read by the first rank, or None at its end."""
     line = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         with contextlib.suppress(EOFError):
             line = input(prompt)
-    return from_first_rank(line, device)
+    return from_first_rank(line)
 
 
 class Timer:
@@ -682,7 +730,7 @@ def run(args):
         check_integer("--seed", args.seed)
     if "" in args.stop:
         raise ValueError("--stop needs a string that is not empty")
-    args.device = join_ranks(args.device)
+    join_ranks()
     embedded = args.model.resolve() == TINY
     dtype = DTYPES[args.dtype] if "dtype" in args else torch.float32 if embedded else None
     tokenizer, model = load_together(args.model, dtype, args.device)
@@ -690,7 +738,7 @@ def run(args):
         print("[the embedded model was not trained to chat; it tells stories]", file=sys.stderr)
     if args.chat and "prompt" not in args:
         return converse(args, tokenizer, model)
-    texts = from_first_rank(args.prompt if "prompt" in args else read_prompt(), args.device)
+    texts = from_first_rank(args.prompt if "prompt" in args else read_prompt())
     prompts = [tokenizer.encode_chat(chat_messages(args.system, text)) if args.chat
                else tokenizer.encode(text) for text in texts]
     return complete(args, tokenizer, model, texts, prompts)
@@ -748,11 +796,13 @@ def converse(args, tokenizer, model):
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and a history
+    if dist.is_initialized() and dist.get_rank() == 0:  # Ctrl-C ends torchrun and so all ranks
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     options = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     chat = Chat(model, tokenizer, args.system, **options)
     while True:
         try:
-            line = read_line("> " if terminal else "", args.device)
+            line = read_line("> " if terminal else "")
         except KeyboardInterrupt:
             show("\n")
             continue
@@ -792,13 +842,20 @@ def print_answer(args, tokenizer, chat, line):
 
 
 def main(argv=None):
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return attempt(argv)
+    return lead(argv) if os.environ["RANK"] == "0" else follow(argv)
+
+
+def attempt(argv):
+    """Run a command line; returns the exit code, or a message in its place."""
     args = parse_arguments(argv)
     if None in (sys.stdin, sys.stdout):
         return "generate.py: standard input and standard output must be open"
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = run(args)
-        if dist.is_initialized():
+        if code == 0 and dist.is_initialized():
             dist.barrier()  # no rank ends while another one still receives from it
         return code
     except OSError as error:
@@ -811,11 +868,12 @@ def main(argv=None):
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
     except RuntimeError as error:
-        if not dist.is_initialized():
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).splitlines()[0]
-        print(f"generate.py: rank {dist.get_rank()} stops because another rank has ended "
-              f"({reason:.100})", file=sys.__stderr__)
+        if dist.get_rank() > 0 and (code := exit_code_of_first_rank()) is not None:
+            return code
+        print(f"generate.py: rank {dist.get_rank()} stops because another rank has ended",
+              file=sys.__stderr__)
     except KeyboardInterrupt:
         return 130
     return 1

@@ -646,7 +646,9 @@ def int4_group_size(scheme):
         groups = list(scheme["config_groups"].values())
         weights = groups[0]["weights"]
         found = {"quant_method": scheme["quant_method"], "format": scheme["format"],
-                 "config_groups": len(groups), "activations": groups[0].get("input_activations"),
+                 "config_groups": len(groups), "transform_config": scheme.get("transform_config") or None,
+                 "activations": (groups[0].get("input_activations")
+                                 or groups[0].get("output_activations")),
                  "num_bits": weights["num_bits"], "type": weights["type"],
                  "symmetric": weights["symmetric"], "strategy": weights["strategy"],
                  "actorder": weights.get("actorder"), "group_size": weights["group_size"]}
@@ -654,7 +656,7 @@ def int4_group_size(scheme):
         method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
         found = {"quant_method": method}
     wanted = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": 1,
-              "activations": None, "num_bits": 4, "type": "int", "symmetric": True,
+              "transform_config": None, "activations": None, "num_bits": 4, "type": "int", "symmetric": True,
               "strategy": "group", "actorder": None}
     for name, value in wanted.items():
         if found.get(name, "nothing") != value:

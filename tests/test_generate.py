@@ -170,6 +170,15 @@ def test_eos_is_the_last_token_of_its_row_and_other_rows_go_on(model):
     assert len({len(row) for row in ended}) > 1
 
 
+def test_a_row_that_has_ended_reads_no_more_tokens(model):
+    prompts = [[1, 2, 3], [4]]
+    eos, cache = generate(model, prompts, 30)[0][4], model.new_cache(2, 100)
+    rows = list(zip(*generate_steps(model, prompts, 30, eos_id=eos, cache=cache), strict=True))
+    written = [sum(pair is not None for pair in row) for row in rows]
+    assert written[0] != written[1]
+    assert cache.lengths.tolist() == [3 + written[0] - 1, 1 + written[1] - 1]
+
+
 def test_generation_ends_once_every_row_has_ended(model):
     [new] = generate(model, [[1, 2, 3]], 30)
     steps = list(generate_steps(model, [[1, 2, 3]] * 2, 30, eos_id=new[4]))
@@ -282,14 +291,17 @@ def test_a_completion_knows_its_tokens_and_why_it_ended(embedded):
         assert completion.finish_reason == reason
 
 
-def test_an_unfinished_character_is_one_replacement_mark_for_each_byte(embedded):
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_unfinished_character_is_one_replacement_mark_for_each_byte(embedded, ended):
     tokenizer, _ = embedded
-    for stops, text, reason in (([], "\ufffd\ufffd", "eos"), (["\ufffd"], "", "stop")):
+    for stops, text in ([], "\ufffd\ufffd"), (["\ufffd"], ""):
         completion = Completion(tokenizer, stops)
         for byte in "🦙".encode()[:2]:
             assert completion.feed(tokenizer.byte_ids[byte]) == ""
-        released = completion.feed(tokenizer.eos_id) + completion.finish("length")
-        assert (released, completion.finish_reason) == (text, reason)
+        released = completion.feed(tokenizer.eos_id) if ended else ""
+        released += completion.finish("length")
+        assert released == completion.text == text
+        assert completion.finish_reason == ("stop" if stops else "eos" if ended else "length")
 
 
 # ------------------------------------------------------------------ chat
@@ -367,6 +379,18 @@ def test_a_turn_reads_only_what_is_new(embedded):
             assert sum(widths) == len(ids) + len(tokens) - 1 and room == 2 * (len(ids) + 8)
         assert [tokens] == generate(model, [ids], 8, eos_id=tokenizer.eos_id)
     assert [m["role"] for m in chat.messages] == ["system", *["user", "assistant"] * 4]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_conversation_is_read_again_if_its_system_text_moves(model, moves):
+    chat = Chat(model, Letters(moves), "xyz")
+    list(chat.answer("abcabcabcabc", 6))
+    ids = whole_conversation(chat, "b")
+    with tokens_read(model) as widths:
+        tokens = list(chat.answer("b", 6))
+    assert len(ids) + 6 <= chat.cache.max_length and widths[0] == chat.new_tokens
+    assert widths[0] == len(ids) if moves else widths[0] < 10
+    assert [tokens] == generate(model, [ids], 6, eos_id=2)
 
 
 def test_a_cache_that_is_outgrown_is_replaced_by_one_with_room_for_twice_the_tokens(model):

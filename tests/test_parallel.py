@@ -1,20 +1,19 @@
 """Claims about several devices: the same numbers and texts, and an end whatever happens.
 
-Starting PyTorch takes seconds, so most ranks here are forked from one process that has imported it,
-by `serve` at the end of this file. It starts them as torchrun does, and like torchrun it ends all of
-them when one fails. The last tests use torchrun itself.
+Importing PyTorch takes seconds, so most ranks here are forked from one process that has imported
+it. `launch` at the end of this file starts them as torchrun does and, like torchrun, ends all of
+them when one fails. Three tests use torchrun itself.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -58,8 +57,8 @@ def save_int4(model, directory, G):
     write_safetensors(directory / "model.safetensors", tensors)
 
 
-SIZES = {"vocab_size": 2048, "hidden_size": 24, "intermediate_size": 64, "num_attention_heads": 8,
-         "num_key_value_heads": 4, "head_dim": 6}
+SIZES = {"vocab_size": 2048, "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 8,
+         "num_key_value_heads": 4, "head_dim": 4}
 CHANGES = {
     "odd heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
     "odd key heads": {"num_attention_heads": 6, "num_key_value_heads": 3},
@@ -79,7 +78,7 @@ def models(tmp_path_factory):
         save(model, root / name)
     save_int4(random_model(5, **SIZES), root / "int4", 16)
     save_int4(random_model(5, **SIZES | {"intermediate_size": 48}), root / "odd groups", 16)
-    kernel = SIZES | {"hidden_size": 64, "head_dim": 16, "dtype": torch.bfloat16}
+    kernel = SIZES | {"hidden_size": 64, "dtype": torch.bfloat16}
     save_int4(random_model(5, **kernel), root / "int4 kernel", 32)
     shutil.copytree(root / "random", root / "1")
     data = (root / "random" / "model.safetensors").read_bytes()
@@ -95,7 +94,7 @@ def models(tmp_path_factory):
 
 @torch.inference_mode()
 def readings(model):
-    """Logits of one pass, of chunks through the rolling buffer, of single tokens, of ragged rows."""
+    """Logits of one pass, of chunks through the rolling buffer, of single and of ragged rows."""
     V = model.config.vocab_size
     text = torch.randint(V, (3, 30), generator=torch.Generator().manual_seed(0))
     lengths, more = torch.tensor([30, 7, 23]), torch.tensor([0, 5, 2])
@@ -354,7 +353,7 @@ def test_a_full_disk_ends_all_ranks_in_one_line(start, models):
 
 def test_a_reader_that_goes_away_is_no_error_on_any_rank(start, models):
     ended = start(2, args=["--model", str(models / "no window"), "--prompt", "Once upon a time",
-                           "--max-new-tokens", "100000"], when=10, close=True)
+                           "--max-new-tokens", "100000"], when=["0.out", 10])
     assert ended["out"][0].startswith("Once upon ") and ended["codes"] == [0, 0]
     assert lines(ended) == [] and ended["seconds"] < LIMIT
 
@@ -365,8 +364,8 @@ LONG = ["--prompt", "Once upon a time", "--max-new-tokens", "100000"]
 @pytest.mark.parametrize("ranks, killed", [(2, 0), (2, 1), (4, 2)])
 def test_when_a_rank_is_killed_the_others_say_so_and_end(start, models, ranks, killed):
     """Nothing else ends them here, as torchrun would."""
-    ended = start(ranks, args=["--model", str(models / "no window"), *LONG], when=30,
-                  signal=signal.SIGKILL, to=[killed], together=False)
+    ended = start(ranks, args=["--model", str(models / "no window"), *LONG], kill=signal.SIGKILL,
+                  when=["0.out", 30], to=[killed], together=False)
     assert ended["out"][0].startswith("Once upon a time")
     assert ended["seconds"] < LIMIT and ended["codes"].pop(killed) == -signal.SIGKILL
     assert set(ended["codes"]) == {1} and not ended["err"].pop(killed)
@@ -399,27 +398,48 @@ def test_when_a_rank_raises_its_reason_is_shown_and_the_others_end(start, models
     assert ended["err"][0] == "generate.py: rank 0 stops because another rank has ended\n"
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_ctrl_c_ends_all_ranks_and_the_text_so_far_is_printed(start, models, flags):
-    """Like a terminal and torchrun, this interrupts all ranks."""
-    args = ["--model", str(models / "no window"), *LONG, *flags]
-    ended = start(2, args=args, when=0 if flags else 30, signal=signal.SIGINT, to=[0, 1])
-    assert ended["codes"][0] == 130 and ended["codes"][1] in (130, -signal.SIGTERM)
-    assert ended["seconds"] < LIMIT
+def test_ctrl_c_ends_all_ranks(start, models):
+    ended = start(2, args=["--model", str(models / "no window"), *LONG], kill=signal.SIGINT,
+                  when=["0.out", 30], to=[0, 1], together=False)
+    assert ended["codes"] == [130, 130] and ended["seconds"] < LIMIT
     [told] = lines(ended)
-    assert "tokens read" in told and not ended["out"][1]
-    if flags:
-        assert json.loads(ended["out"][0])["finish_reason"] == "interrupted"
+    assert "tokens read" in told and ended["out"][0].startswith("Once upon a time")
+
+
+def interrupted(args):
+    """The command on ranks that notice Ctrl-C at different steps."""
+    steps, plain = [], program.draw
+
+    def draw(*given):
+        steps.append(given)
+        if len(steps) == 4 - dist.get_rank():
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(*given)
+
+    program.draw = draw
+    return program.main(args)
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--prompt", "x"]])
+def test_an_interrupted_text_is_printed_as_far_as_it_came(start, models, alone, flags):
+    model = ["--model", str(models / "random"), "--prompt", "Once upon a time", *flags]
+    ended = start(2, call="interrupted", args=[model], together=False)
+    assert ended["codes"] == [130, 130] and "tokens read" in lines(ended)[0]
+    wanted = alone(*model, "--max-new-tokens", "3")
+    if "--json" in flags:
+        found, wanted = json.loads(ended["out"][0]), json.loads(wanted)
+        assert (found["tokens"], found["finish_reason"]) == (wanted["tokens"], "interrupted")
     else:
-        assert ended["out"][0].startswith("Once upon a time")
+        assert ended["out"] == [wanted, ""]
 
 
 def test_ctrl_c_ends_a_conversation_that_waits_for_its_user(start, models):
     args = ["--model", str(models / "random"), "--chat", "--max-new-tokens", "5"]
-    ended = start(2, args=args, stdin="Hello\n", wait=True, when=1, signal=signal.SIGINT,
-                  to=[0, 1])
-    assert ended["codes"][0] == 130 and ended["seconds"] < 10
-    assert all("tokens read" in line for line in lines(ended))
+    ended = start(2, args=args, stdin="Hello\n", wait=True, kill=signal.SIGINT,
+                  when=["0.err", 1], to=[0, 1], together=False)
+    assert ended["codes"] == [130, 130] and ended["seconds"] < LIMIT
+    [told] = lines(ended)
+    assert "tokens read" in told
 
 
 # ------------------------------------------------------------------ torchrun itself
@@ -507,7 +527,9 @@ def start(torchruns, tmp_path_factory):
         folder.mkdir()
         print(json.dumps([ranks, str(folder), options]), file=server.stdin, flush=True)
         ended = json.loads(server.stdout.readline())
-        ended["err"] = [(folder / f"{rank}.err").read_text() for rank in range(max(ranks, 1))]
+        for name in ("out", "err"):
+            files = [folder / f"{rank}.{name}" for rank in range(max(ranks, 1))]
+            ended[name] = [file.read_text() if file.exists() else "" for file in files]
         return ended
 
     yield start
@@ -531,26 +553,68 @@ def serve():
 
 
 def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, when=None,
-           signal=None, to=(), close=False, together=True):
+           kill=None, to=(), together=True):
     """Start ranks and wait for them, as torchrun does; 0 ranks are one process without it.
 
-    `call` names a function of this file in place of the command. `wait` leaves standard input open.
-    After `when` bytes of output, a signal is sent `to` some ranks, or the output is closed. If a
-    rank fails, the others are ended, unless `together` is false. Returns their exit codes, their
-    outputs, and the seconds until the end (from the signal, if there is one).
+    `call` names a function of this file, in place of the command. `wait` leaves standard input
+    open, and `stdout` is a file for the output of rank 0. When a file of the folder has some bytes,
+    `when`, the signal `kill` is sent `to` ranks; without a signal, the output is a pipe that is
+    closed then. If a rank fails, the others are ended, unless `together` is false. Returns exit
+    codes and the seconds from the signal to the end.
     """
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    outputs, inputs, pids = [], [], []
+    listener = socket.create_server(("localhost", 0))
+    text, pipe = os.pipe()
+    os.write(pipe, stdin.encode(errors="surrogateescape"))
+    if not wait:
+        os.close(pipe)
+    read, written = os.pipe()
+    pids = []
     for rank in range(max(ranks, 1)):
-        for pipes in (inputs, outputs):
-            pipes.append(os.pipe())
+        out = stdout if stdout and rank == 0 else f"{folder}/{rank}.out"
         pids.append(os.fork())
         if pids[-1] == 0:
-            opened = inputs[-1][0], os.open(stdout, os.O_WRONLY) if stdout else outputs[-1][1]
-            become(rank, ranks, store.port, folder, *opened)
-            os.closerange(3, 256) if not ranks else None
-            sys.exit(call_or_command(call, args, folder, rank))
-    return {}
+            become(rank, ranks, listener.getsockname()[1], text, out, f"{folder}/{rank}.err",
+                   written if when and not kill and rank == 0 else None)
+            sys.exit(globals()[call](*args) if call else program.main(args))
+    for end in (text, written):
+        os.close(end)
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
+                          master_listen_fd=listener.detach())
+    start, limit, codes = time.monotonic(), 100, [None] * len(pids)
+    while None in codes:
+        alive = [rank for rank, code in enumerate(codes) if code is None]
+        for rank in alive:
+            pid, status = os.waitpid(pids[rank], os.WNOHANG)
+            codes[rank] = os.waitstatus_to_exitcode(status) if pid else None
+        if when and not kill:
+            Path(f"{folder}/0.out").write_bytes(os.read(read, when[1]))
+            os.close(read)
+        if when and os.path.getsize(f"{folder}/{when[0]}") >= when[1]:
+            start, limit, when = time.monotonic(), LIMIT, None
+            for rank in to:
+                os.kill(pids[rank], kill)
+        late = time.monotonic() - start > limit
+        for rank in alive:
+            if codes[rank] is None and (late or together and any(codes)):
+                os.kill(pids[rank], signal.SIGKILL if late else signal.SIGTERM)
+        time.sleep(0.01)
+    del store
+    return {"codes": codes, "seconds": time.monotonic() - start}
+
+
+def become(rank, ranks, port, stdin, out, err, pipe):
+    """Give this forked process the streams and the environment of a rank."""
+    flags = os.O_WRONLY | os.O_CREAT
+    for number, opened in enumerate(
+            (stdin, os.open(out, flags) if pipe is None else pipe, os.open(err, flags))):
+        os.dup2(opened, number)
+    os.closerange(3, 256)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    if ranks:
+        os.environ |= {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ class Cause(NamedTuple):
 
 
 def chunks(p):
-    """How many tokens the port may have read per call."""
-    return [p.run.trace.chunk] if p.run.trace.chunk else range(1, min(p.S, 65))
+    """How many tokens the port may have read per call: powers of two, if it is not known."""
+    return [p.run.trace.chunk] if p.run.trace.chunk else [
+        2 ** n for n in range(p.S.bit_length()) if 2 ** n < p.S]
 
 
 def calls(p, c):
@@ -430,7 +431,6 @@ CAUSES = [
     Cause("chosen", "of equal logits, the expert with the higher index is chosen", tied_from_above),
     Cause("chosen", "the experts with the smallest logits are chosen",
           lambda p: choose(p, p["gate"], ascending=True)),
-    Cause("chosen", "the ids of experts are counted from 1", lambda p: p.plain() + 1),
     Cause("weights", "renormalisation is missing: a softmax over all experts", softmax_over_all),
     Cause("weights", "logits are used without a softmax", chosen_logits),
     Cause("weights", "all weights are 1/A", lambda p: ones(p) / p["chosen"].shape[1]),

@@ -240,6 +240,8 @@ def anywhere(pair, name):
                    f"{' '.join(split)}", ours, back.reshape(ours.shape))
     if theirs is None:
         return
+    if word(name) == "chosen":
+        yield "the ids of experts are counted from 1", ours + 1, theirs
     if "S" in letters:
         at = letters.index("S")
         for by in (1, -1):
@@ -273,7 +275,8 @@ class Diagnosis:
 
     def __init__(self, pair, name, equal, bad, keep, limit):
         self.pair, self.name, self.equal = pair, name, equal
-        self.bad, self.keep, self.limit, self.untested = bad, keep, limit, set()
+        self.bad, self.keep, self.limit = bad, keep, limit
+        self.untested, self.reach = set(), {}
         self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
 
     def remaining(self, name, mine, run=None, theirs=None):
@@ -297,8 +300,7 @@ class Diagnosis:
         """Every cause that can reach the difference: in all its quantities, and in each alone."""
         for cause in CAUSES:
             words = tuple(cause.words.split())
-            reaching = [w for w in words if Run(
-                self.pair.trace, cause, None, (w,), self.equal).affected(self.name)]
+            reaching = list(filter(self.reaches, words))
             if not reaching:
                 continue
             theirs = self.theirs if word(self.name) in reaching else None
@@ -309,6 +311,13 @@ class Diagnosis:
                 only = "" if part == words else f", in {part[0]} only"
                 yield cause.describe(value) + only, Run(
                     self.pair.trace, cause, value, part, self.equal, theirs)
+
+    def reaches(self, last):
+        """Whether an error in quantities of this kind can change the tensor."""
+        if last not in self.reach:
+            run = Run(self.pair.trace, None, None, (last,), self.equal)
+            self.reach[last] = run.affected(self.name)
+        return self.reach[last]
 
     def proved(self):
         """The proved causes as (text, remaining error, run or None), in the order of CAUSES.

@@ -48,9 +48,9 @@ TESTS = {
     "generate.py": ["tests/test_generate.py"],
     "convert.py": ["tests/test_convert.py"],
     "tests/oracle/trace.py": ["tests/oracle/test_trace.py", "tests/oracle/test_golden.py"],
-    "tests/oracle/compare.py": ["tests/oracle/test_compare.py"],
+    "tests/oracle/compare.py": ["tests/oracle/test_compare.py", "tests/oracle/test_causes.py"],
     "tests/oracle/causes.py": ["tests/oracle/test_causes.py"],
-    "tests/oracle/routing.py": ["tests/oracle/test_routing.py"],
+    "tests/oracle/steps.py": ["tests/oracle/test_causes.py"],
     "tiny/train.py": ["tests/test_train.py"]}
 PASSED, FAILED, NOT_RUN = "survived", "killed", "no test ran"
 
