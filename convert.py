@@ -503,6 +503,14 @@ def mismatches(stored, layout, config):
     return problems
 
 
+def read_configuration(directory, layout):
+    """The configuration in a directory of this layout and its quantization_config, if any."""
+    if layout != HUGGINGFACE:
+        return read_params(directory / "params.json"), None
+    raw = read_json(directory / "config.json")
+    return MixtralConfig.from_dict(raw), raw.get("quantization_config")
+
+
 def open_checkpoint(directory, dtype=None, group_size=None):
     """Find out which layout a directory holds and check it against its configuration.
 
@@ -514,12 +522,8 @@ def open_checkpoint(directory, dtype=None, group_size=None):
     if not any(matches):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
                          f"{len(stored)} is {next(iter(stored), None)}")
-    layout, scheme = matches.index(max(matches)), None
-    if layout == HUGGINGFACE:
-        raw = read_json(directory / "config.json")
-        config, scheme = MixtralConfig.from_dict(raw), raw.get("quantization_config")
-    else:
-        config = read_params(directory / "params.json")
+    layout = matches.index(max(matches))
+    config, scheme = read_configuration(directory, layout)
     if scheme is not None:
         stored = join_int4(stored, int4_group_size(scheme), directory)
     refuse_if(mismatches(stored, layout, config),

@@ -29,7 +29,7 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       weights that share a scale (Int4Linear)   -                             -
+    G       weights that share a scale (last section) -                             -
 
 Precision: linear layers, attention, activations and residual sums use the dtype of the weights.
 RMSNorm, rotation, the router's softmax and the weighted sum over experts are computed in at least
@@ -334,7 +334,7 @@ class Mixtral(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def new_cache(self, batch_size, max_length, chunk=256):
-        """An empty cache for rows of at most `max_length` tokens, of which it takes `chunk` at once."""
+        """An empty cache for rows of up to `max_length` tokens, read `chunk` tokens at a time."""
         c, weight = self.config, self.lm_head.weight
         if any(type(size) is not int or size < 1 for size in (batch_size, max_length, chunk)):
             raise ValueError("new_cache: batch_size, max_length and chunk must be integers >= 1, "
@@ -642,27 +642,25 @@ def use_int4(model, raw, weights):
 
 def int4_group_size(scheme):
     """The group size G of a quantization_config. Raises ValueError for any other format."""
-    try:
-        groups = list(scheme["config_groups"].values())
-        weights = groups[0]["weights"]
-        found = {"quant_method": scheme["quant_method"], "format": scheme["format"],
-                 "config_groups": len(groups), "transform_config": scheme.get("transform_config") or None,
-                 "activations": (groups[0].get("input_activations")
-                                 or groups[0].get("output_activations")),
-                 "num_bits": weights["num_bits"], "type": weights["type"],
-                 "symmetric": weights["symmetric"], "strategy": weights["strategy"],
-                 "actorder": weights.get("actorder"), "group_size": weights["group_size"]}
-    except (KeyError, TypeError, AttributeError, IndexError):
-        method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
-        found = {"quant_method": method}
-    wanted = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": 1,
-              "transform_config": None, "activations": None, "num_bits": 4, "type": "int", "symmetric": True,
-              "strategy": "group", "actorder": None}
-    for name, value in wanted.items():
-        if found.get(name, "nothing") != value:
-            raise ValueError(f"config: quantization_config: {name} must be {value!r}, got "
-                             f"{found.get(name)!r:.80}; no other quantised format is supported")
-    G = found["group_size"]
+    scheme = scheme if isinstance(scheme, dict) else {"quant_method": scheme}
+    groups = scheme.get("config_groups")
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    group = groups[0] if groups and isinstance(groups[0], dict) else {}
+    weights = group.get("weights") if isinstance(group.get("weights"), dict) else {}
+    activations = group.get("input_activations") or group.get("output_activations")
+    for name, wanted, found in (
+            ("quant_method", "compressed-tensors", scheme.get("quant_method")),
+            ("format", "pack-quantized", scheme.get("format")),
+            ("transform_config", None, scheme.get("transform_config") or None),
+            ("the number of config_groups", 1, len(groups)), ("activations", None, activations),
+            ("num_bits", 4, weights.get("num_bits")), ("type", "int", weights.get("type")),
+            ("symmetric", True, weights.get("symmetric")),
+            ("strategy", "group", weights.get("strategy")),
+            ("actorder", None, weights.get("actorder"))):
+        if found != wanted:
+            raise ValueError(f"config: quantization_config: {name} must be {wanted!r}, got "
+                             f"{found!r:.80}; no other quantised format is supported")
+    G = weights.get("group_size")
     if type(G) is not int or G < 8 or G % 8:
         raise ValueError(f"config: group_size must be a multiple of 8, got {G!r:.80}")
     return G

@@ -9,7 +9,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -416,10 +415,14 @@ def interruption(model, call):
     hook.remove()
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("room", [4, 40])
 @pytest.mark.parametrize("call, drawn", [(1, 0), (2, 1), (6, 5)])
-def test_an_interrupted_answer_is_what_was_drawn_and_the_chat_goes_on(model, call, drawn):
+def test_an_interrupted_answer_is_what_was_drawn_and_the_chat_goes_on(window, room, call, drawn):
+    """The cache of the first answer has room for the second one, or is replaced."""
+    model = random_model(1, sliding_window=window)
     chat = Chat(model, Letters())
-    list(chat.answer("ab", 4))
+    list(chat.answer("ab", room))
     before, tokens = list(chat.messages), []
     with interruption(model, call), pytest.raises(KeyboardInterrupt):
         tokens += chat.answer("cd", 20)
@@ -777,48 +780,6 @@ def test_groups_of_4_bit_weights_must_not_be_divided():
     model = random_model(intermediate_size=24)
     with pytest.raises(ValueError, match="weight_.*: 2 ranks must divide its 3"):
         shard(vars(model.config) | int4_scheme(), with_int4_experts(model), 0, 2)
-
-
-EACH_RANK = """
-import json, sys
-import generate
-for command in json.loads(sys.argv[1]):
-    try:
-        code = generate.main(command)
-    except SystemExit as end:
-        code = end.code
-    print("exit code", code, file=sys.__stderr__)
-    generate.dist.destroy_process_group()
-"""
-
-
-def test_two_processes_print_once_what_one_process_prints(run, loaded, small):
-    """The ranks start as under torchrun; the last command fails, as `small` has one key head."""
-    commands = [["--prompt", "Once upon a time", "--prompt", "The", "--max-new-tokens", "8",
-                 "--temperature", "1", "--seed", "3"],
-                ["--chat", "--max-new-tokens", "4"]]
-    text = "Hello\nAnd?\n"
-    wanted = "".join(run(*command, stdin=text)[1] for command in commands)
-    commands = [[*command, "--dtype", "float64"] for command in commands]
-    commands.append(["--model", str(small), "--prompt", "x"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [subprocess.Popen(
-        [sys.executable, "-c", EACH_RANK, json.dumps(commands)], cwd=SCRIPT.parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2",
-                          "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost",
-                          "MASTER_PORT": str(port)}) for rank in range(2)]
-    processes[0].stdin.write(text)
-    processes[0].stdin.close()
-    outs, errors = zip(*((each.stdout.read(), each.stderr.read()) for each in processes),
-                       strict=True)
-    assert [each.wait(timeout=600) for each in processes] == [0, 0]
-    assert outs == (wanted, "")
-    assert [re.findall("exit code (.*)", told) for told in errors] == [["0", "0", "1"]] * 2
-    [told] = re.findall("^generate.py: .*", "".join(errors), re.MULTILINE)
-    assert "2 ranks" in told and "num_key_value_heads" in told
 
 
 # ------------------------------------------------------------------ the command line

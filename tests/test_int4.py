@@ -426,7 +426,7 @@ def test_in_other_dtypes_the_plain_layer_is_kept(dtype, int4):
 def test_transformers_loads_the_output_and_gives_the_same_logits(int4, tmp_path):
     """transformers rounds q · scale to the dtype of the scales, as `--dtype bfloat16` does.
 
-    It also keeps these weights in that dtype, whatever dtype is asked for, hence `float()`.
+    It also keeps these weights in that dtype, whatever dtype is asked for, so they are widened.
     """
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
@@ -436,20 +436,18 @@ def test_transformers_loads_the_output_and_gives_the_same_logits(int4, tmp_path)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert run(int4, tmp_path / "back", "--dtype", "bfloat16") == 0
     with torch.inference_mode():
-        theirs = peer.float()(TOKENS).logits
+        theirs = torch.nn.Module.float(peer)(TOKENS).logits  # its own float() refuses
         ours = Mixtral.from_pretrained(tmp_path / "back", torch.float32)(TOKENS)
         unrounded = Mixtral.from_pretrained(int4, torch.float32)(TOKENS)
     assert (theirs - ours).abs().max() < 1e-4
     assert (theirs - unrounded).abs().max() < 2**-6 * unrounded.abs().max()
 
 
-def test_a_checkpoint_of_the_compressor_of_compressed_tensors_gives_its_logits(tmp_path, out):
-    """Also transformers reads it: its scales are float32, so nothing is rounded."""
-    pytest.importorskip("compressed_tensors")
+def compress(model, directory):
+    """Write a model with the compressor of compressed-tensors. Returns its logits for TOKENS."""
     from compressed_tensors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
     from compressed_tensors.quantization.utils import calculate_qparams
-    model, directory = small_model(torch.float32), tmp_path / "theirs"
     save(model, directory)
     scheme = {key: value for key, value in int4_scheme(32).items() if key != "quantization_status"}
     apply_quantization_config(model, QuantizationConfig(**scheme))
@@ -459,14 +457,21 @@ def test_a_checkpoint_of_the_compressor_of_compressed_tensors_gives_its_logits(t
             scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1),
                                          layer.quantization_scheme.weights)
             layer.weight_scale.data.copy_(scale)
-    with torch.inference_mode():
-        theirs = model(TOKENS)  # they round the weights in each call
+    logits = model(TOKENS)  # it rounds the weights in each call
     compressor = ModelCompressor.from_pretrained_model(model)
     compressor.compress_model(model)
     compressor.update_config(directory)
     write_safetensors(directory / "model.safetensors", model.state_dict())
-    assert run(directory, out) == 0
-    for place in (directory, out):
+    return logits
+
+
+def test_a_checkpoint_of_the_compressor_of_compressed_tensors_gives_its_logits(tmp_path, out):
+    """transformers also reads our copy of it. The scales are float32, so nothing is rounded."""
+    pytest.importorskip("compressed_tensors")
+    with torch.inference_mode():
+        theirs = compress(small_model(torch.float32), tmp_path / "theirs")
+    assert run(tmp_path / "theirs", out) == 0
+    for place in (tmp_path / "theirs", out):
         ours = Mixtral.from_pretrained(place)
         assert isinstance(ours.get_submodule(W1.removesuffix(".weight")), Int4Linear)
         assert (ours(TOKENS) - theirs).abs().max() < 1e-5

@@ -38,11 +38,12 @@ LINE = re.compile(rf"^ *({ENTRY}(?:, {ENTRY})*) -> ({ENTRY}(?:, {ENTRY})*)$", re
 FIELDS = re.compile(rf"^ *(\w+ {SHAPE}(?:, \w+ {SHAPE})*)$", re.M)
 COMMENT = re.compile(rf"# ({SHAPE}(?:, {SHAPE})*)(?:; [^()]*)?")
 LOOSE = re.compile(rf"(?<![\w.·(])(?<!// )\((?=[^)]*[A-Z])(?:{AXIS}(?:, {AXIS})*)\)")
-ROW = re.compile(r"^ {4}(\w) {7}(\S.*?)  +(-|[a-z_]+)  +(\S+)$", re.M)
+ROW = re.compile(r"^ {4}(\w) {7}(\S.*?) +(-|[a-z_]+)  +(\S+)$", re.M)
 
-# One size for each letter, all different. R, the tokens of one expert, differs between experts.
-SIZES = {"B": 2, "S": 3, "T": 12, "N": 6, "V": 37, "D": 48, "L": 4, "H": 10, "K": 5, "d": 14,
-         "W": 11, "C": 13, "E": 9, "A": 8, "M": 26, "G": 16}
+# One size for each letter. All are different, also from d/2, D/8 and D/G. R, the tokens of one
+# expert, differs between experts.
+SIZES = {"B": 2, "S": 3, "T": 12, "N": 6, "V": 37, "D": 112, "L": 4, "H": 10, "K": 5, "d": 30,
+         "W": 11, "C": 13, "E": 19, "A": 17, "M": 26, "G": 16}
 OF_A_CALL = "STN"  # these letters can differ from call to call
 FREE = {"rotate": "H"}  # the keys, which have K heads, are rotated too
 

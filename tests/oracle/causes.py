@@ -11,8 +11,26 @@ from typing import NamedTuple
 
 import torch
 from steps import (
-    HALVES, LINEAR, NEIGHBOURS, angles, choose, chosen_logits, expert_input, linear, mixed,
-    mixture, norm, norm_input, positions, rotated, scores, turn, unit, unrotated, visible)
+    HALVES,
+    LINEAR,
+    NEIGHBOURS,
+    angles,
+    choose,
+    chosen_logits,
+    expert_input,
+    linear,
+    mixed,
+    mixture,
+    norm,
+    norm_input,
+    positions,
+    rotated,
+    scores,
+    turn,
+    unit,
+    unrotated,
+    visible,
+)
 from torch import Tensor
 from torch.nn import functional as F
 

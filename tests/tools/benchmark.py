@@ -5,6 +5,7 @@
     prefill    prompts of 64, 512 and 4,096 tokens
     decode     32 more tokens, also of the embedded model, and its dispatcher events per token
     batch      32 more tokens in 4 and 16 rows at once
+    int4       experts in 4 bits, beside bfloat16
     long       32,768 tokens with a window of 4,096, as multiples of 8,192 tokens
     tokenizer  English text for the first time (cold) and again (warm), beside sentencepiece
     convert    two layouts, beside `cp -r`; not measured by default, because it needs 5 GB of disk
@@ -73,6 +74,7 @@ class Sizes(NamedTuple):
     product: int  # width of the matrices that are multiplied
     text: int  # characters
     dtypes: tuple[str, ...]
+    group: int  # weights that share a scale in int4
     conversions: tuple[tuple[str, bool], ...]  # layout, and whether from disk to disk
 
 
@@ -81,9 +83,9 @@ MODEL = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 8, "head
 SMALL = {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "head_dim": 16,
          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
 FULL = Sizes(MODEL, (64, 512, 4096), 64, (4, 16), (4096, 8192, 32768), 2**30, 4096, 10**6,
-             ("bfloat16", "float32"),
+             ("bfloat16", "float32"), 128,
              tuple(itertools.product(("mistral_pickle", "mistral_fused"), (True, False))))
-QUICK = Sizes(SMALL, (8,), 8, (2,), (64, 512, 1024), 2**20, 64, 10**3, ("bfloat16",),
+QUICK = Sizes(SMALL, (8,), 8, (2,), (64, 512, 1024), 2**20, 64, 10**3, ("bfloat16",), 32,
               (("mistral_fused", True),))
 
 
@@ -146,9 +148,9 @@ class Bench:
                 self.args.llama_bench, file, torch.get_num_threads()).run
         return runs
 
-    def rates(self, directory, dtype, part, rows, context, new):
+    def rates(self, runs, part, rows, context, new):
         """Tokens per second of each program, for the prompt (part 0) or for the rest (part 1)."""
-        runs, seconds = self.programs(directory, dtype), {}
+        seconds = {}
         for turn in range(1 + self.args.rounds):
             times = {name: run(rows, context, new) for name, run in runs.items()}
             times = {name: pair[part] for name, pair in times.items() if pair}
@@ -168,7 +170,7 @@ class Bench:
         operations += 4 * config["num_hidden_layers"] * config["num_attention_heads"] * (
             config["head_dim"] * S / 2)  # scores and values of S/2 keys on average
         return Row(f"{name}prefill {S:,}, {dtype}", "tokens/s",
-                   self.rates(directory, dtype, 0, 1, S, 1),
+                   self.rates(self.programs(directory, dtype), 0, 1, S, 1),
                    self.product_rates[dtype] / operations)
 
     def decode(self, name, directory, config, dtype, rows, context):
@@ -176,7 +178,7 @@ class Bench:
             config["head_dim"] * context)
         size = DTYPES[dtype].itemsize * (weights_per_token(config, rows) + rows * cache)
         return Row(f"{name}decode, batch {rows}, {dtype}", "tokens/s",
-                   self.rates(directory, dtype, 1, rows, context, 1 + NEW),
+                   self.rates(self.programs(directory, dtype), 1, rows, context, 1 + NEW),
                    rows * self.read_rate / size)
 
 
@@ -237,6 +239,25 @@ def long(bench):
     for name, short, longer in zip(("time", "cache", "memory"), *found, strict=True):
         yield Row(f"prefill {lengths[1]:,}, window {window:,}: {name}", f"× of {lengths[0]:,}",
                   {"this": longer / max(short, 1e-9)})
+
+
+def int4(bench):
+    """The experts in 4 bits, beside the same model in bfloat16."""
+    directory, sizes = bench.place / "int4", bench.sizes
+    if not directory.exists():
+        subprocess.run([sys.executable, ROOT / "convert.py", "--input_dir", bench.checkpoint,
+                        "--output_dir", directory, "--dtype", "int4", "--group-size",
+                        str(sizes.group)], check=True, stdout=subprocess.DEVNULL)
+    runs = {name: partial(bench.side(Ours, ROOT, source, torch.bfloat16), "run")
+            for name, source in (("this", directory), ("bfloat16", bench.checkpoint))}
+    for file in bench.args.gguf:
+        runs[f"llama.cpp {file.stem}"] = LlamaBench(
+            bench.args.llama_bench, file, torch.get_num_threads()).run
+    prompt = sizes.prompts[len(sizes.prompts) // 2]
+    yield Row(f"int4 prefill {prompt}", "tokens/s", bench.rates(runs, 0, 1, prompt, 1))
+    for rows in (1, *sizes.rows):
+        yield Row(f"int4 decode, batch {rows}", "tokens/s",
+                  bench.rates(runs, 1, rows, sizes.context, 1 + NEW))
 
 
 def watched(command):
@@ -330,7 +351,7 @@ def convert(bench):
 
 
 PARTS = {part.__name__: part
-         for part in (start, load, prefill, decode, batch, long, tokenizer, convert)}
+         for part in (start, load, prefill, decode, batch, int4, long, tokenizer, convert)}
 DEFAULT = [name for name in PARTS if name != "convert"]
 
 

@@ -1,7 +1,8 @@
-"""The changes that mutants.py makes, by file: what it is, the old text and the new text.
+"""The changes that mutants.py makes to each file: what it is, the old text and the new text.
 
 The old text occurs once in the file. A fourth entry is the reason why a change has no effect on any
-result; such a change is made too, and does not count.
+result; such a change is made too, and does not count. Words after the name of a file are the topic
+of the changes, which has its own tests.
 """
 
 CHANGES = {}
@@ -77,7 +78,7 @@ CHANGES["mixtral.py"] = [
     ("logits in float32", "return at_least_float32(self.lm_head(hidden))",
      "return self.lm_head(hidden).float()"),
     ("the logits after another token", "lengths.clamp(min=1) - 1", "lengths.clamp(min=1) - 2"),
-    ("every chunk has the first one's padding", "(lengths - at).clamp(0, chunk)",
+    ("every chunk has the first one's padding", "(lengths - start).clamp(0, chunk)",
      "lengths.clamp(0, chunk)"),
     ("the prompt is read in one piece", "S if cache is None else cache.chunk", "S"),
     ("the buffer is one slot too small", "(c.sliding_window or max_length) + chunk - 1",
@@ -125,12 +126,12 @@ CHANGES["mixtral.py"] = [
     # 4-bit weights
     ("the first of eight numbers in the highest bits", "torch.arange(0, 32, 4,",
      "torch.arange(28, -4, -4,"),
-    ("numbers from 0 to 15", "shifts & 15) - 8", "shifts & 15)"),
-    ("5 bits for 4", "shifts & 15) - 8", "shifts & 31) - 8"),
-    ("one scale for a row", "q.reshape(*scale.shape, -1) * scale[:, :, None]",
-     "q.reshape(*scale.shape, -1) * scale[:, :1, None]"),
+    ("numbers from 0 to 15", "(u - 8).reshape(", "u.reshape("),
+    ("5 bits for 4", ">> shifts) & 15", ">> shifts) & 31"),
+    ("one scale for a row", ".reshape(*scale.shape, -1) * scale[:, :, None]",
+     ".reshape(*scale.shape, -1) * scale[:, :1, None]"),
     ("any shape of packed weights", "shape.tolist() != [outputs, inputs]", "False"),
-    ("any quantised format", 'if found.get(name, "nothing") != value:', "if False:"),
+    ("any quantised format", "        if found != wanted:", "        if False:"),
 ]
 
 CHANGES["generate.py"] = [
@@ -342,6 +343,41 @@ CHANGES["convert.py"] = [
     ("errors end with 0", 'print(f"convert.py: {message}", file=sys.stderr)\n    return 1',
      'print(f"convert.py: {message}", file=sys.stderr)\n    return 0'),
     ("sizes are powers of 1024", "(1024 if match[3] else 1000)", "1024"),
+]
+
+CHANGES["convert.py 4 bits"] = [
+    ("the last divisor that is tried", "torch.where(error < least, scale, best)", "scale"),
+    ("the scale with the largest error", "torch.where(error < least, scale, best)",
+     "torch.where(error > least, scale, best)"),
+    ("−8 is not used", "q = (groups / best).round_().clamp_(-8, 7)",
+     "q = (groups / best).round_().clamp_(-7, 7)"),
+    ("scales are rounded after quantising", "(largest / divisor).to(dtype).to(weight.dtype)",
+     "(largest / divisor)"),
+    ("groups of zeros give NaN", "scale.masked_fill_(scale == 0, 1)", "pass"),
+    ("the first of eight numbers in the highest bits", "words << 4 | u[:, :, n]",
+     "words << 4 | u[:, :, 6 - n]"),
+    ("numbers without their offset", "u = (q + 8).to(torch.int32)", "u = (q + 7).to(torch.int32)"),
+    ("any group size", "if width % G]", "if False]"),
+    ("numbers without a scale", "if not scale.isfinite().all():", "if False:"),
+    ("4 bits of 4 bits", "    if scheme is not None:\n        raise",
+     "    if False:\n        raise"),
+    ("the error of one matrix", "sums[0] += (weight", "sums[0] = (weight"),
+]
+
+CHANGES["generate.py 4 bits"] = [
+    ("the kernel's zero is 7", "torch.ones_like(scale)).int() + 8",
+     "torch.ones_like(scale)).int() + 7"),
+    ("the kernel with any dtype", "layer.weight_scale.dtype == torch.bfloat16 and", "True and"),
+    ("the kernel is not used", "if layers and all(map(TunedInt4Linear.fits, layers)):",
+     "if False:"),
+]
+
+CHANGES["generate.py ranks"] = [
+    ("every rank has the share of the first", ".chunk(ranks, dim=axis)[rank]",
+     ".chunk(ranks, dim=axis)[0]"),
+    ("outputs are not added", "dist.all_reduce(output)", "pass"),
+    ("ranks draw their own tokens", "dist.broadcast(tokens, src=0)", "pass"),
+    ("each rank has all heads", "local[field] = size // ranks", "local[field] = size"),
 ]
 
 CHANGES["tiny/train.py"] = [

@@ -42,11 +42,16 @@ import torch._dynamo  # noqa: F401
 from changes import CHANGES
 from readme import ROOT, copy_repository
 
-TESTS = {
+RANKS = "tests/test_parallel.py::test_"
+TESTS = {  # the tests of each subject, as arguments for pytest
     "mixtral.py": ["tests/test_mixtral.py", "tests/oracle/test_golden.py"],
     "tokenizer.py": ["tests/test_tokenizer.py"],
     "generate.py": ["tests/test_generate.py"],
+    "generate.py 4 bits": ["tests/test_int4.py"],
+    "generate.py ranks": [f"{RANKS}every_rank_gives_the_float64_logits_of_one_process",
+                          f"{RANKS}ranks_draw_the_tokens_of_one_process_and_without_a_seed_the_same"],
     "convert.py": ["tests/test_convert.py"],
+    "convert.py 4 bits": ["tests/test_int4.py"],
     "tests/oracle/trace.py": ["tests/oracle/test_trace.py", "tests/oracle/test_golden.py"],
     "tests/oracle/compare.py": ["tests/oracle/test_compare.py", "tests/oracle/test_causes.py"],
     "tests/oracle/causes.py": ["tests/oracle/test_causes.py"],
@@ -56,12 +61,16 @@ PASSED, FAILED, NOT_RUN = "survived", "killed", "no test ran"
 
 
 class Mutant(NamedTuple):
-    file: str
+    subject: str  # a key of TESTS: the file, perhaps with a topic
     change: str  # in words
     old: str  # occurs once in the file
     new: str
     same: str = ""  # the reason, if the results are the same as the original's
-    test: str = ""  # the only test to run; "" means all tests of the file
+    test: str = ""  # the only test to run; "" means all tests of the subject
+
+    @property
+    def file(self):
+        return self.subject.partition(" ")[0]
 
 
 # ------------------------------------------------------------------ one run, in a forked process
@@ -111,7 +120,7 @@ def run_tests(directory, mutant, seconds, limit):
         "mutants", derandomize=True, database=None, deadline=None,
         phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate))
     recorder = Recorder(seconds)
-    files, only = TESTS[mutant.file], []
+    files, only = TESTS[mutant.subject], []
     if mutant.test:
         files = [file for file in files if f"def {mutant.test}(" in Path(file).read_text("utf-8")]
         only = ["-k", mutant.test]
@@ -178,11 +187,12 @@ def misfits(mutants):
     for mutant in mutants:
         count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
         if count != 1 or mutant.old == mutant.new:
-            yield f"{mutant.file}, {mutant.change}: {mutant.old!r} occurs {count} times, not once"
+            yield (f"{mutant.subject}, {mutant.change}: {mutant.old!r} occurs {count} times, "
+                   "not once")
 
 
 def all_mutants():
-    return [Mutant(file, *change) for file, changes in CHANGES.items() for change in changes]
+    return [Mutant(subject, *change) for subject, changes in CHANGES.items() for change in changes]
 
 
 def answers():
@@ -194,25 +204,25 @@ def answers():
 
 
 def durations(mutants, place, args):
-    """Run the tests of the files without any change. Returns seconds by test, and what failed."""
-    files = dict.fromkeys(mutant.file for mutant in mutants)
+    """Run all tests without any change. Returns the seconds of each test, and what failed."""
+    subjects = dict.fromkeys(mutant.subject for mutant in mutants)
     seconds, failed = {}, []
-    originals = [Mutant(file, "no change", "", "") for file in files]
+    originals = [Mutant(subject, "no change", "", "") for subject in subjects]
     for run, outcome, test, measured in run_all(originals, place, {}, args):
         print_row(run, outcome, test)
         seconds |= measured
         if outcome != PASSED:
-            failed.append(f"{run.mutant.file}: its tests fail without any change: {test}")
+            failed.append(f"{run.mutant.subject}: its tests fail without any change: {test}")
             print((run.directory / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
     return seconds, failed
 
 
 def print_row(run, outcome, test):
-    file, change, *_ = run.mutant
+    subject, change, *_ = run.mutant
     spent = time.monotonic() - run.start
     # tests/test_x.py::test_y[1-2] becomes test_x.py::test_y
     result = re.sub(r"^.*?(\w+\.py::\w+).*", r"\1", test) if outcome == FAILED else outcome
-    print(f"{file:23} {change:44} {spent:4.0f} s  {result}", flush=True)
+    print(f"{subject:23} {change:44} {spent:4.0f} s  {result}", flush=True)
 
 
 def parse_arguments(argv):
@@ -248,7 +258,7 @@ def report(mutants, place, args):
 def main(argv=None):
     args = parse_arguments(argv)
     table = answers() if args.answers else all_mutants()
-    mutants = [m for m in table if args.only in f"{m.file} {m.change} {m.old} {m.new}"]
+    mutants = [m for m in table if args.only in f"{m.subject}, {m.change}: {m.old} → {m.new}"]
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         (place / "mutants").mkdir()
