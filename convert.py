@@ -468,8 +468,8 @@ def int4_problem(packed, scale, shape, G):
     if packed.dtype != torch.int32 or len(packed.shape) != 2:
         return f"_packed must be a matrix of int32, got {packed.dtype} {list(packed.shape)}"
     M, D = packed.shape[0], 8 * packed.shape[1]
-    if D % G or scale is None or scale.dtype not in FLOATS.values() or scale.shape != (M, D // G):
-        return f"_scale must be floats of shape [{M}, {D} / {G}], got {scale and [*scale.shape]}"
+    if D % G or scale is None or scale.shape != (M, D // G):
+        return f"_scale must be of shape [{M}, {D} / {G}], got {scale and [*scale.shape]}"
     whole = shape is not None and shape.dtype == torch.int64 and shape.shape == (2,)
     found = next(shape.rows(0, 2, 2)).tolist() if whole else None
     return None if found == [M, D] else f"_shape must be int64 [{M}, {D}], got {found}"

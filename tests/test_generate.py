@@ -575,7 +575,7 @@ def test_a_tuned_4_bit_model_gives_the_logits_of_the_plain_one(G, dtype, fits):
 
 
 def test_tuning_leaves_a_model_on_another_device_plain():
-    model = random_model().to("meta")
+    model = random_model(vocab_size=48, hidden_size=48, intermediate_size=48).to("meta")
     assert all(type(m) is nn.Linear for m in tune(model).modules() if isinstance(m, nn.Linear))
 
 
@@ -753,7 +753,7 @@ def test_a_terminal_sees_a_progress_bar_that_disappears(monkeypatch, capsys):
 def test_the_outputs_of_all_ranks_add_up_to_those_of_the_whole_model(ranks, int4):
     """Both sums are taken where `reduce_outputs` puts an all-reduce."""
     model = random_model(num_key_value_heads=6, intermediate_size=48)
-    raw = vars(model.config) | (int4_scheme() if int4 else {})
+    raw = vars(model.config) | {"head_dim": None} | (int4_scheme() if int4 else {})
     weights = with_int4_experts(model) if int4 else model.state_dict()
     parts = [assemble(*shard(raw, weights, rank, ranks)) for rank in range(ranks)]
     for n, layer in enumerate(parts[0].model.layers):
@@ -891,7 +891,7 @@ def test_json_is_one_object_a_line_whatever_the_text(run, loaded):
     code, out, told = run(*flags, "--json", "--max-new-tokens", "9", "--temperature", "1.5",
                           "--seed", "1")
     found = objects(out)
-    assert code == 0 and told.count("\n") == 1
+    assert code == 0 and told.count("\n") == 1 and "🦙" in out
     assert [each["prompt"] for each in found] == prompts
     assert [each["index"] for each in found] == [0, 1, 2, 3]
     for each in found:
@@ -934,6 +934,17 @@ def test_a_batch_ends_once_every_text_has_ended(run, loaded):
                                       "a", "--stop", "o", "--json")[1])
     assert first["finish_reason"] == second["finish_reason"] == "stop"
     assert len(widths) == max(len(first["tokens"]), len(second["tokens"])) < 100
+
+
+def test_a_text_that_has_ended_does_not_grow_while_others_go_on(run, loaded):
+    flags = ["--prompt", "Once upon a time", "--prompt", "The dog", "--max-new-tokens", "12",
+             "--json"]
+    first, second = (each["text"] for each in objects(run(*flags)[1]))
+    stop = next(first[n:n + 4] for n in range(len(first)) if first[n:n + 4] not in second)
+    stopped, whole = objects(run(*flags, "--stop", stop)[1])
+    assert (stopped["text"], stopped["finish_reason"]) == (first[:first.index(stop)], "stop")
+    assert whole["text"] == second and len(stopped["tokens"]) < 12 == len(whole["tokens"])
+    assert len(stopped["logprobs"]) == len(stopped["tokens"])
 
 
 def test_the_summary_counts_tokens_and_the_bytes_of_the_cache(run):
@@ -1080,9 +1091,8 @@ def start(*args, **options):
 def test_ctrl_c_ends_a_running_process_with_the_text_so_far():
     process = start("--prompt", "Once upon a time", "--max-new-tokens", "1000000", "--temperature",
                     "1", "--seed", "0")
-    out = os.read(process.stdout.fileno(), 16)
-    while len(out) < 60:  # text is printed as it is drawn
-        out += os.read(process.stdout.fileno(), 60)
+    out = os.read(process.stdout.fileno(), 2**16)
+    assert len(out) < 8192  # text is printed as it is drawn, not when a buffer of 8192 is full
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=600)
     assert process.returncode == 130 and (out + rest).startswith(b"Once upon a time")
@@ -1145,6 +1155,7 @@ def one_line(told):
     return told.startswith("generate.py: ") and told.count("\n") == 1 and told.endswith("\n")
 
 
+@pytest.mark.filterwarnings("error")  # a warning would be another line on standard error
 @pytest.mark.parametrize("args, message", [
     (["--model", "/nowhere"], "/nowhere: no model*.safetensors there"),
     (["--model", "no\0name"], "null"),

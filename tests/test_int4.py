@@ -296,6 +296,20 @@ def test_weights_that_have_no_scale_are_refused(number, dtype, tmp_path, out, ca
     assert contents(tmp_path) == ["raw"]
 
 
+def test_a_block_is_quantised_at_a_time_and_scales_are_released_when_they_are_written(
+        tmp_path, monkeypatch):
+    """In the fused layout w2 is read as one piece, because it is transposed."""
+    monkeypatch.setattr(convert, "BLOCK", 256)
+    checkpoint = convert.open_checkpoint(
+        layouts.mistral_fused(small_model(), tmp_path / "raw"), group_size=32)
+    tensors = convert.output_tensors(checkpoint, convert.HUGGINGFACE, {})
+    for w in ("w1", "w2"):
+        packed, scale = (tensors[W1.replace("w1", w) + end] for end in ("_packed", "_scale"))
+        assert {words.numel() * 8 for words in packed.pieces()} == {256 if w == "w1" else 192}
+        assert sum(len(part) for part in scale.pieces()) == scale.shape[0]
+        assert not list(scale.pieces())
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc of Linux")
 def test_memory_holds_one_matrix_and_not_the_checkpoint(tmp_path, out):
     """The peak above the level at the start. The checkpoint has 126 MB, a matrix 1 MB."""
@@ -558,8 +572,8 @@ def test_another_group_size_and_4_bits_that_are_not_announced_are_refused(
         changed_config(source, field, value)
         with pytest.raises(ValueError, match="experts"):
             Mixtral.from_pretrained(source)
-        refused("experts", capsys, source, out)
-        refused("experts", capsys, source, out, "--dtype", "float32")
+        refused(W1, capsys, source, out)
+        refused(W1, capsys, source, out, "--dtype", "float32")
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 200_000])

@@ -640,6 +640,8 @@ def test_a_4_bit_checkpoint_gives_the_logits_of_the_weights_it_stands_for(tmp_pa
     ("config_groups.group_0.weights.group_size", 12, "group_size must be a multiple of 8, got 12"),
     ("config_groups.group_0.weights.group_size", None, "group_size must be a multiple of 8"),
     ("config_groups.group_0.input_activations", {"num_bits": 8}, "activations must be None"),
+    ("config_groups.group_0.output_activations", {"num_bits": 8}, "activations must be None"),
+    ("transform_config", {"R1": {}}, "transform_config must be None"),
     ("config_groups.group_0.weights.group_size", 64, "weight_shape must be .* group size 64")])
 def test_other_quantised_formats_are_refused_by_name(tmp_path, path, value, message):
     save_int4(tmp_path)

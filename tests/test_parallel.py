@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,7 @@ def readings(model):
     V = model.config.vocab_size
     text = torch.randint(V, (3, 30), generator=torch.Generator().manual_seed(0))
     lengths, more = torch.tensor([30, 7, 23]), torch.tensor([0, 5, 2])
-    steps, ragged = model.new_cache(3, 30), model.new_cache(3, 40, chunk=4)
+    steps, ragged = model.new_cache(3, 30), model.new_cache(3, 60, chunk=4)
     found = [
         model(text), model(text, model.new_cache(3, 30, chunk=4)),
         torch.cat([model(text[:, t:t + 1], steps) for t in range(30)], dim=1),
@@ -319,8 +320,8 @@ def test_a_model_that_cannot_run_is_refused_in_one_line(start, models, name, mes
 def test_bad_arguments_are_reported_once(start, args, message):
     ended = start(2, args=["--prompt", "x", *args])
     told = lines(ended)
-    assert message in told[-1] and len([line for line in told if "generate.py:" in line]) == (
-        2 if "usage" in told[0] else 1)
+    assert message in told[-1] and "".join(told).count("generate.py: ") == 1
+    assert len(told) == 1 or "".join(told).count("usage: ") == 1
     assert ended["out"] == ["", ""] and ended["codes"][0] in (1, 2)
 
 
@@ -461,7 +462,7 @@ def torchruns():
     processes = torchrun(*story, "20"), torchrun(*story, "100000")
     yield processes
     for process in processes:
-        process.kill()
+        process.terminate()  # torchrun ends its ranks then
         process.communicate()
 
 
@@ -475,9 +476,9 @@ def test_torchrun_prints_what_one_process_prints_and_one_summary_line(torchruns,
 def test_torchrun_ends_when_one_of_its_processes_is_killed(torchruns):
     process = torchruns[1]
     assert process.stdout.read(16) == "Once upon a time"
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [int(pid) for pid in children
-             if b"generate.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+    ranks = [int(pid) for task in tasks for pid in task.read_text().split()]
+    assert len(ranks) == 2
     start = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
     _, told = process.communicate(timeout=300)
@@ -575,7 +576,8 @@ def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, wh
         if pids[-1] == 0:
             become(rank, ranks, listener.getsockname()[1], text, out, f"{folder}/{rank}.err",
                    written if when and not kill and rank == 0 else None)
-            sys.exit(globals()[call](*args) if call else program.main(args))
+            finish(*(globals()[call], args) if call else
+                   (program.main, [[arg.replace("{rank}", str(rank)) for arg in args]]))
     for end in (text, written):
         os.close(end)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
@@ -615,6 +617,19 @@ def become(rank, ranks, port, stdin, out, err, pipe):
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
             "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+def finish(function, args):
+    """Call a function and end this process as generate.py does, without Python's slow exit."""
+    code = 1
+    try:
+        code = function(*args) or 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

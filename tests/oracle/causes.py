@@ -341,7 +341,6 @@ CAUSES = [
           lambda p, n: linear(p, p.weight(layer=n)), other_layers),
     Cause("q_proj k_proj v_proj", "the input of the projections is not normed", without_norm),
     Cause("gate w1 w3", "the input of the mixture is not normed", without_norm),
-    Cause("gate", "the input of the router is not normed", without_norm),
     Cause("lm_head", "the input of lm_head is not normed", without_norm),
     Cause("o_proj", "the heads are not transposed back: the rows of the heads follow one another",
           lambda p: p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1) @ p.weight().T),

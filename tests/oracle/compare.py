@@ -43,183 +43,13 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from causes import CAUSES, Cause
+from pair import IncomparableError, Pair, as_rows, layer_of, reshaped, row_errors
 from reference import axes, word
-from safetensors import SafetensorError, safe_open
-from steps import MissingError, Run, Trace
+from steps import MissingError, Run
 
-from mixtral import read_weights, weight_files
-
-JUMP, NEARER = 16, 8
-NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
+NEARER = 8
 LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "feature",
           "E": "expert", "A": "choice", "V": "token id", "T": "key"}
-REDUNDANT = ("margin", "tokens")  # they follow from the logits and the choice
-
-
-class IncomparableError(Exception):
-    """One line that says why two files cannot be compared."""
-
-
-# ------------------------------------------------------------------ reading and aligning
-
-
-def read_file(path):
-    """The metadata and the tensors of a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise IncomparableError(f"{path}: not a safetensors file: {error}") from None
-
-
-def read_trace(path, model, chunk):
-    """Our side, with the weights of the golden file or of the directory `model`, and its order."""
-    metadata, tensors = read_file(path)
-    found = metadata.get("format"), metadata.get("version")
-    if found != ("mixtral-trace", "1"):
-        raise IncomparableError(f"{path}: must be a golden file or a file of trace.py, version 1, "
-                                f"got format {found[0]}, version {found[1]}")
-    weights = {n: tensors.pop(n) for n in list(tensors) if n.endswith(".weight")}
-    try:
-        weights = read_weights(weight_files(model)) if model else weights
-    except ValueError as error:
-        raise IncomparableError(str(error)) from None
-    B, S = tensors["tokens"].shape
-    trace = Trace(tensors, json.loads(metadata["config"]), weights,
-                  chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
-                  json.loads(metadata.get("lengths", "null")) or [S] * B)
-    return trace, [name for name, *_ in json.loads(metadata["order"])]
-
-
-def layer_of(name):
-    """The number of the layer of a quantity, or None outside the layers."""
-    found = re.match(r"model\.layers\.(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def reshaped(theirs, ours):
-    """Theirs in the shape of ours if only joined axes and axes of size 1 differ, else None."""
-    if theirs.numel() != ours.numel():
-        return None
-    short, long = sorted(([n for n in x.shape if n != 1] for x in (theirs, ours)), key=len)
-    at = 0
-    for n in short:
-        size = 1
-        while size < n and at < len(long):
-            size, at = size * long[at], at + 1
-        if size != n:
-            return None
-    return theirs.reshape(ours.shape)
-
-
-def as_rows(x, letters):
-    """One row per token: (B, S, …), (B, H, S, T), (N, …) or (R, …) -> (rows, …)."""
-    if letters == ["B", "H", "S", "T"]:
-        x = x.transpose(1, 2)
-    return x.flatten(0, 1) if letters[0] == "B" else x
-
-
-def row_errors(ours, theirs):
-    """The error of each row. A score that the softmax turns into 0 counts as −∞."""
-    ours, theirs = ours.flatten(1), theirs.flatten(1)
-    top = theirs.amax(1, keepdim=True)
-    masked = ours.isneginf()
-    hidden = masked & (theirs <= top - NEGLIGIBLE)
-    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
-    sizes = ours.norm(dim=1)
-    usual = sizes.nanmedian().clamp(min=1e-300)
-    found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
-    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
-
-
-class Pair:
-    """Both traces. What theirs has under other names is renamed."""
-
-    def __init__(self, args, names):
-        self.trace, self.order = read_trace(args.ours, args.model, args.chunk)
-        self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
-        self.theirs = {names.get(name, name): x for name, x in found.items()}
-        self.shared = [name for name in self.order if name in self.theirs
-                       and word(name) not in REDUNDANT and name != "tokens"]
-        if not self.shared:
-            raise IncomparableError(
-                f"{args.theirs}: has none of our names, such as {self.order[1]}; it has "
-                f"{', '.join(sorted(found)[:3])}; map its names with --names")
-        self.check_tokens()
-        floats = [x.dtype for name in self.shared for x in (self.ours[name], self.theirs[name])
-                  if x.is_floating_point()]
-        self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
-        self.epsilon = torch.finfo(self.dtype).eps
-        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon
-        self.S = self.ours["tokens"].shape[1]
-        self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
-
-    def check_tokens(self):
-        ours, theirs = (side.get("tokens") for side in (self.ours, self.theirs))
-        if theirs is not None and theirs.flatten().tolist() != ours.flatten().tolist():
-            raise IncomparableError(f"the tokens differ: ours {ours.flatten().tolist()}, theirs "
-                                    f"{theirs.flatten().tolist()}")
-
-    def sibling(self, name, last):
-        """A quantity of the router in theirs, in the shape of ours, or None."""
-        at = name.partition("block_sparse_moe")[0] + f"block_sparse_moe.{last}"
-        theirs = self.theirs.get(at)
-        return None if theirs is None else reshaped(theirs, self.ours[at])
-
-    def aligned(self, name, ours, run=None):
-        """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
-
-        `ours` is the tensor to compare with theirs, from our trace or from a run.
-        """
-        if axes(name)[0] == "R":
-            return self.aligned_rows(name, ours, run)
-        theirs = reshaped(self.theirs[name].double(), ours)
-        if word(name) == "weights":  # theirs in the order in which ours chose
-            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen")
-            if chosen is not None and theirs is not None:
-                mine = self.ours[at] if run is None else run[at]
-                theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
-        if word(name) == "chosen" and theirs is not None:  # as a set
-            ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
-        theirs = None if theirs is None else as_rows(theirs, axes(name))
-        return as_rows(ours, axes(name)), theirs, torch.arange(len(self.real))
-
-    def aligned_rows(self, name, ours, run):
-        """The rows of one expert, for the tokens that both sides routed to it."""
-        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
-        theirs, tokens = self.theirs[name].double(), self.expert_tokens(name, run)
-        other = self.theirs.get(at + ".tokens")
-        if other is None and chosen is not None:
-            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
-        other = tokens if other is None else other.flatten().long()
-        if theirs.numel() != len(other) * math.prod(ours.shape[1:]):
-            return ours, None, tokens
-        theirs = theirs.reshape(len(other), *ours.shape[1:])
-        mine, picked = torch.where(tokens[:, None] == other)
-        return ours[mine], theirs[picked], tokens[mine]
-
-    def unknown(self):
-        """Names in theirs that are not ours, except weights."""
-        return sorted(name for name in set(self.theirs) - set(self.order)
-                      if not name.endswith(".weight") and ".experts." not in name)
-
-    def expert_tokens(self, name, run=None):
-        """The tokens of an expert's rows, in a run or in our trace; None for other quantities."""
-        at = name.rpartition(".")[0] + ".tokens"
-        return None if axes(name)[0] != "R" else self.ours[at] if run is None else run[at]
-
-    def limits(self, name, before):
-        """The errors that rounding explains: by depth, and after the largest error before."""
-        layer = layer_of(name)
-        depth = self.trace.config["num_hidden_layers"] if layer is None else layer
-        depth = 0 if word(name) == "embed_tokens" else depth
-        return self.rounding * math.sqrt(depth + 1), max(self.rounding, JUMP * before)
-
-    def skipped(self, last, name):
-        """Our quantities after one tensor and before another that the port has not traced."""
-        start = self.order.index(last) + 1 if last else 1
-        return [n for n in self.order[start:self.order.index(name)]
-                if word(n) not in REDUNDANT and n not in self.theirs]
 
 
 # ------------------------------------------------------------------ testing causes
@@ -274,7 +104,7 @@ class Diagnosis:
     """
 
     def __init__(self, pair, name, equal, bad, keep, limit):
-        self.pair, self.name, self.equal = pair, name, equal
+        self.pair, self.name, self.equal = pair, name, frozenset(equal)
         self.bad, self.keep, self.limit = bad, keep, limit
         self.untested, self.reach = set(), {}
         self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
@@ -430,7 +260,7 @@ class Comparison:
         if not len(ours):
             return None
         found, limits = row_errors(ours, theirs), pair.limits(name, self.largest)
-        self.errors[name] = error = found.max().item()
+        self.errors[name] = found.max().item()
         bad = found > min(limits)
         if self.tolerances:
             bad = ~torch.isclose(theirs, ours, rtol=self.args.rtol or 0.0,
@@ -465,7 +295,8 @@ class Comparison:
 
     def margin(self, chosen, token):
         """The logit of the last chosen expert minus that of the first refused one."""
-        best, A = self.logits(chosen, token).sort(descending=True)[0], self.pair.ours[chosen].shape[1]
+        best = self.logits(chosen, token).sort(descending=True)[0]
+        A = self.pair.ours[chosen].shape[1]
         return (best[A - 1] - best[A]).item() if A < len(best) else math.inf
 
     def allowed(self, chosen, token):
@@ -521,8 +352,8 @@ class Comparison:
         if not pair.theirs[name].isfinite().all() and pair.ours[name].isfinite().all():
             lines.append("Theirs has infinite numbers or NaN.")
         if pair.trace.chunk and first and first % pair.trace.chunk == 0:
-            lines.append(f"Token {first} is the first of a call of {pair.trace.chunk} tokens, which "
-                         "points to the cache.")
+            lines.append(f"Token {first} is the first of a call of {pair.trace.chunk} tokens, "
+                         "which points to the cache.")
         marked = torch.zeros_like(pair.real).index_fill_(0, tokens[bad], True)
         drift = not self.tolerances and error <= limits[1]
         return lines + self.cause(name, marked, limit, error, drift)
@@ -544,8 +375,8 @@ class Comparison:
         if rest:
             lines.append(f"It does not explain {rest[0]}, so there is another error.")
         elif equal:
-            lines.append(f"It also explains the {len(equal)} later tensors of the layer that depend "
-                         "on it.")
+            lines.append(f"It also explains the {len(equal)} later tensors of the layer that "
+                         "depend on it.")
         mixture = f"model.layers.{layer_of(name)}.block_sparse_moe"
         if run and run.cause.note and mixture in self.pair.shared and (
                 self.numbers(mixture) is None):
@@ -557,9 +388,10 @@ class Comparison:
 
     def not_found(self, name, test, drift):
         if drift:
-            return ["Cause: no single operation. The error drifts: it grew without a jump, as lower "
-                    "precision inside the port makes it. Largest error per layer: " + ", ".join(
-                        f"{n}: {e:.2g}" for n, e in self.by_layer()) + "."]
+            layers = ", ".join(f"{n}: {error:.2g}" for n, error in self.by_layer())
+            return ["Cause: no single operation. The error drifts: it grew without a jump, as "
+                    "lower precision inside the port makes it grow. Largest error per layer: "
+                    f"{layers}."]
         lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
         if test.untested:
             lines.append(f"{len(test.untested)} causes could not be tested without the weights; "
@@ -607,7 +439,8 @@ def verdict(pair, found, args):
         yield f"  {before[-1]}, before it, is equal."
     skipped = pair.skipped(before[-1] if before else None, name)
     if skipped:
-        yield (f"  The error is made between the two. Not traced there: {', '.join(skipped[:4])}"
+        made = "between the two" if before else "in it or before it"
+        yield (f"  The error is made {made}. Not traced there: {', '.join(skipped[:4])}"
                f"{', …' if len(skipped) > 4 else ''}.")
     yield from (f"  {line}" for line in lines)
     yield f"  Later tensors that differ too: {len(found.different) - 1}."

@@ -8,6 +8,7 @@ same layer follows only with the weights.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -39,13 +40,18 @@ class Run:
 
     def __init__(self, trace, cause=None, value=None, words=(), equal=(), theirs=None):
         self.trace, self.cause, self.value, self.words = trace, cause, value, words
-        self.equal, self.theirs, self.values, self.reached = equal, theirs, {}, {}
+        self.equal, self.theirs, self.values = equal, theirs, {}
+        self.reached, self.depth = {}, 0
 
     def affected(self, name):
         """Whether the cause changes a quantity, directly or through its inputs."""
         if name not in self.reached:
+            place = Place(self, name)
+            while self.depth < place.layer:  # layer by layer, so that the recursion stays shallow
+                self.depth += 1
+                self.affected(f"model.layers.{self.depth - 1}")
             self.reached[name] = name not in self.equal and (
-                word(name) in self.words or any(map(self.affected, Place(self, name).inputs())))
+                place.word in self.words or any(map(self.affected, place.inputs())))
         return self.reached[name]
 
     def reach(self, name):
@@ -84,15 +90,22 @@ class Run:
         return STEPS[word(name)][1](place)
 
 
+@cache
+def parse(name):
+    """The word, the layer and the expert of a name; None if there is none."""
+    parts = name.split(".")
+    layer = int(parts[2]) if "layers" in parts else None
+    return word(name), layer, int(parts[parts.index("experts") + 1]) if "experts" in parts else None
+
+
 class Place:
     """A quantity in a run. `place[word]` is another quantity of the same layer and expert."""
 
     def __init__(self, run, name):
-        parts = name.split(".")
-        self.run, self.config, self.word = run, run.trace.config, word(name)
-        outside = 0 if self.word == "embed_tokens" else self.config["num_hidden_layers"]
-        self.layer = int(parts[2]) if "layers" in parts else outside
-        self.expert = int(parts[parts.index("experts") + 1]) if "experts" in parts else None
+        self.run, self.config = run, run.trace.config
+        self.word, self.layer, self.expert = parse(name)
+        if self.layer is None:
+            self.layer = 0 if self.word == "embed_tokens" else self.config["num_hidden_layers"]
         self.S = run.trace.tensors["tokens"].shape[1]
         self.W, self.d = self.config["sliding_window"], self.config["head_dim"]
 

@@ -109,10 +109,11 @@ def copy_repository(directory):
 
 
 def workplace(directory):
-    """A copy of the repository in which the commands of the documents can run."""
+    """A copy of the repository, with the programs that the documents call in `bin`."""
     copy_repository(directory)
     (directory / "bin").mkdir()
-    for name, body in (("python", f'exec "{sys.executable}" "$@"'), ("pip", ":")):
+    for name, body in (("python", f'exec "{sys.executable}" "$@"'), ("pip", ":"),
+                       ("torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"')):
         (directory / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (directory / "bin" / name).chmod(0o755)
     return directory

@@ -1,5 +1,6 @@
 """The programs that benchmark.py measures, each in a process of its own."""
 
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -205,13 +206,15 @@ class Machine:
     def make_checkpoint(self, directory, fields):
         """A random bfloat16 checkpoint with a tokenizer, in the Hugging Face layout."""
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-        from convert import write_config, write_safetensors
+        from convert import write_safetensors
         from mixtral import MixtralConfig
 
         model = random_model(MixtralConfig(**fields))
         directory.mkdir(parents=True)
         write_safetensors(directory / "model.safetensors", dict(model.named_parameters()))
-        write_config(directory, model.config, torch.bfloat16)
+        config = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+                  "torch_dtype": "bfloat16"} | dataclasses.asdict(model.config)
+        (directory / "config.json").write_text(json.dumps(config))
         shutil.copy(ROOT / "tiny" / "tokenizer.model", directory)
 
     def make_raw(self, layout, directory, fields):

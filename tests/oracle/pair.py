@@ -1,0 +1,182 @@
+"""Two traces and which of their numbers belong together; compare.py and its tests use it.
+
+The formulas for the error of a row and for what counts as rounding are in compare.py's docstring.
+"""
+
+import json
+import math
+import re
+
+import torch
+from reference import axes, word
+from safetensors import SafetensorError, safe_open
+from steps import Trace
+
+from mixtral import read_weights, weight_files
+
+JUMP = 16
+NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
+REDUNDANT = ("margin", "tokens")  # they follow from the logits and the choice
+
+
+class IncomparableError(Exception):
+    """One line that says why two files cannot be compared."""
+
+
+def read_file(path):
+    """The metadata and the tensors of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise IncomparableError(f"{path}: not a safetensors file: {error}") from None
+
+
+def read_trace(path, model, chunk):
+    """Our side, with the weights of the golden file or of the directory `model`, and its order."""
+    metadata, tensors = read_file(path)
+    found = metadata.get("format"), metadata.get("version")
+    if found != ("mixtral-trace", "1"):
+        raise IncomparableError(f"{path}: must be a golden file or a file of trace.py, version 1, "
+                                f"got format {found[0]}, version {found[1]}")
+    weights = {n: tensors.pop(n) for n in list(tensors) if n.endswith(".weight")}
+    try:
+        weights = read_weights(weight_files(model)) if model else weights
+    except ValueError as error:
+        raise IncomparableError(str(error)) from None
+    B, S = tensors["tokens"].shape
+    trace = Trace(tensors, json.loads(metadata["config"]), weights,
+                  chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
+                  json.loads(metadata.get("lengths", "null")) or [S] * B)
+    return trace, [name for name, *_ in json.loads(metadata["order"])]
+
+
+def layer_of(name):
+    """The number of the layer of a quantity, or None outside the layers."""
+    found = re.match(r"model\.layers\.(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def reshaped(theirs, ours):
+    """Theirs in the shape of ours if only joined axes and axes of size 1 differ, else None."""
+    if theirs.numel() != ours.numel():
+        return None
+    short, long = sorted(([n for n in x.shape if n != 1] for x in (theirs, ours)), key=len)
+    at = 0
+    for n in short:
+        size = 1
+        while size < n and at < len(long):
+            size, at = size * long[at], at + 1
+        if size != n:
+            return None
+    return theirs.reshape(ours.shape)
+
+
+def as_rows(x, letters):
+    """One row per token: (B, S, …), (B, H, S, T), (N, …) or (R, …) -> (rows, …)."""
+    if letters == ["B", "H", "S", "T"]:
+        x = x.transpose(1, 2)
+    return x.flatten(0, 1) if letters[0] == "B" else x
+
+
+def row_errors(ours, theirs):
+    """The error of each row. A score that the softmax turns into 0 counts as −∞."""
+    ours, theirs = ours.flatten(1), theirs.flatten(1)
+    top = theirs.amax(1, keepdim=True)
+    masked = ours.isneginf()
+    hidden = masked & (theirs <= top - NEGLIGIBLE)
+    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+    sizes = ours.norm(dim=1)
+    usual = sizes.nanmedian().clamp(min=1e-300)
+    found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
+    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
+
+
+class Pair:
+    """Both traces. What theirs has under other names is renamed."""
+
+    def __init__(self, args, names):
+        self.trace, self.order = read_trace(args.ours, args.model, args.chunk)
+        self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
+        self.theirs = {names.get(name, name): x for name, x in found.items()}
+        self.shared = [name for name in self.order if name in self.theirs
+                       and word(name) not in REDUNDANT and name != "tokens"]
+        if not self.shared:
+            raise IncomparableError(
+                f"{args.theirs}: has none of our names, such as {self.order[1]}; it has "
+                f"{', '.join(sorted(found)[:3])}; map its names with --names")
+        self.check_tokens()
+        floats = [x.dtype for name in self.shared for x in (self.ours[name], self.theirs[name])
+                  if x.is_floating_point()]
+        self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+        self.epsilon = torch.finfo(self.dtype).eps
+        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon
+        self.S = self.ours["tokens"].shape[1]
+        self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
+
+    def check_tokens(self):
+        ours, theirs = (side.get("tokens") for side in (self.ours, self.theirs))
+        if theirs is not None and theirs.flatten().tolist() != ours.flatten().tolist():
+            raise IncomparableError(f"the tokens differ: ours {ours.flatten().tolist()}, theirs "
+                                    f"{theirs.flatten().tolist()}")
+
+    def sibling(self, name, last):
+        """A quantity of the router in theirs, in the shape of ours, or None."""
+        at = name.partition("block_sparse_moe")[0] + f"block_sparse_moe.{last}"
+        theirs = self.theirs.get(at)
+        return None if theirs is None else reshaped(theirs, self.ours[at])
+
+    def aligned(self, name, ours, run=None):
+        """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
+
+        `ours` is the tensor to compare with theirs, from our trace or from a run.
+        """
+        if axes(name)[0] == "R":
+            return self.aligned_rows(name, ours, run)
+        theirs = reshaped(self.theirs[name].double(), ours)
+        if word(name) == "weights":  # theirs in the order in which ours chose
+            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen")
+            if chosen is not None and theirs is not None:
+                mine = self.ours[at] if run is None else run[at]
+                theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
+        if word(name) == "chosen" and theirs is not None:  # as a set
+            ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
+        theirs = None if theirs is None else as_rows(theirs, axes(name))
+        return as_rows(ours, axes(name)), theirs, torch.arange(len(self.real))
+
+    def aligned_rows(self, name, ours, run):
+        """The rows of one expert, for the tokens that both sides routed to it."""
+        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
+        theirs, tokens = self.theirs[name].double(), self.expert_tokens(name, run)
+        other = self.theirs.get(at + ".tokens")
+        if other is None and chosen is not None:
+            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
+        other = tokens if other is None else other.flatten().long()
+        if theirs.numel() != len(other) * math.prod(ours.shape[1:]):
+            return ours, None, tokens
+        theirs = theirs.reshape(len(other), *ours.shape[1:])
+        mine, picked = torch.where(tokens[:, None] == other)
+        return ours[mine], theirs[picked], tokens[mine]
+
+    def unknown(self):
+        """Names in theirs that are not ours, except weights."""
+        return sorted(name for name in set(self.theirs) - set(self.order)
+                      if not name.endswith(".weight") and ".experts." not in name)
+
+    def expert_tokens(self, name, run=None):
+        """The tokens of an expert's rows, in a run or in our trace; None for other quantities."""
+        at = name.rpartition(".")[0] + ".tokens"
+        return None if axes(name)[0] != "R" else self.ours[at] if run is None else run[at]
+
+    def limits(self, name, before):
+        """The errors that rounding explains: by depth, and after the largest error before."""
+        layer = layer_of(name)
+        depth = self.trace.config["num_hidden_layers"] if layer is None else layer
+        depth = 0 if word(name) == "embed_tokens" else depth
+        return self.rounding * math.sqrt(depth + 1), max(self.rounding, JUMP * before)
+
+    def skipped(self, last, name):
+        """Our quantities after one tensor and before another that the port has not traced."""
+        start = self.order.index(last) + 1 if last else 1
+        return [n for n in self.order[start:self.order.index(name)]
+                if word(n) not in REDUNDANT and n not in self.theirs]
