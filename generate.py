@@ -600,6 +600,11 @@ def follow(argv):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all end
     with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null),
           contextlib.redirect_stderr(null)):
+        try:
+            parse_arguments(argv)
+        except SystemExit as end:
+            if not end.code:  # --help: rank 0 does not join either
+                return 0
         join_ranks()
         try:
             code = attempt(argv)

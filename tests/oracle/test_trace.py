@@ -76,7 +76,8 @@ def assert_near(found, wanted, tolerance=1e-12):
         finite = y.isfinite()
         assert torch.equal(x[~finite], y[~finite]), name  # scores of masked keys
         difference = (x - y)[finite].abs().max()
-        assert difference <= tolerance * y[finite].abs().max(), name
+        # A margin is a difference of router logits, so its error does not shrink with it.
+        assert difference <= tolerance * y[finite].abs().max().clamp(min=1), name
 
 
 @settings(max_examples=12, deadline=None)

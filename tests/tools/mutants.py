@@ -62,7 +62,7 @@ PASSED, FAILED, NOT_RUN = "survived", "killed", "no test ran"
 
 
 class Mutant(NamedTuple):
-    subject: str  # a key of TESTS: the file, perhaps with a topic
+    subject: str  # a key of TESTS: the file, perhaps with a topic; without a change, the tests
     change: str  # in words
     old: str  # occurs once in the file
     new: str
@@ -101,27 +101,26 @@ class Recorder:
         return PASSED if code == pytest.ExitCode.OK and self.count else NOT_RUN
 
 
-def limit_resources(seconds):
-    """A run that needs more processor time, or 8 GB more memory, ends."""
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
-    resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
-
-
-def run_tests(directory, mutant, seconds, limit):
-    """Run the tests in a copy of the repository and write what happened to `result.json`."""
+def isolate(directory, seconds):
+    """Prepare this process to run tests in a directory for so much processor time."""
     os.setsid()
     os.chdir(directory)
     sys.path[0] = str(directory)
     log = os.open("log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    limit_resources(limit)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30, 8 * 2**30))
     # The same examples in every run. They are not shrunk, because any failure is enough.
     hypothesis.settings.register_profile(
         "mutants", derandomize=True, database=None, deadline=None,
         phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate))
+
+
+def run_tests(mutant, seconds):
+    """Run the tests in this directory and write what happened to `result.json`."""
     recorder = Recorder(seconds)
-    files, only = TESTS[mutant.subject], []
+    files, only = TESTS.get(mutant.subject, [mutant.subject]), []
     if mutant.test:
         files = [file for file in files if f"def {mutant.test}(" in Path(file).read_text("utf-8")]
         only = ["-k", mutant.test]
@@ -145,14 +144,15 @@ class Run:
         self.process = os.fork()
         if self.process == 0:
             try:
-                run_tests(directory, mutant, seconds, limit)
+                isolate(directory, limit)
+                run_tests(mutant, seconds)
             finally:
                 os._exit(0)
 
     def result(self):
         """None while it runs, then the outcome, the test that failed, and seconds by test."""
         done, status = os.waitpid(self.process, os.WNOHANG)
-        late = time.monotonic() - self.start > self.limit
+        late = time.monotonic() - self.start > 3 * self.limit
         if not done and not late:
             return None
         with contextlib.suppress(ProcessLookupError):
@@ -162,7 +162,8 @@ class Run:
         file = self.directory / "result.json"
         if file.exists():
             return json.loads(file.read_text())
-        return ["timed out" if late or status == signal.SIGXCPU else "crashed", "", {}]
+        late = late or os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        return ["timed out" if late else "crashed", "", {}]
 
 
 def run_all(mutants, place, seconds, args):
@@ -206,24 +207,24 @@ def answers():
 
 def durations(mutants, place, args):
     """Run all tests without any change. Returns the seconds of each test, and what failed."""
-    subjects = dict.fromkeys(mutant.subject for mutant in mutants)
+    files = dict.fromkeys(test for mutant in mutants for test in TESTS[mutant.subject])
     seconds, failed = {}, []
-    originals = [Mutant(subject, "no change", "", "") for subject in subjects]
+    originals = [Mutant(file, "no change", "", "") for file in files]
     for run, outcome, test, measured in run_all(originals, place, {}, args):
         print_row(run, outcome, test)
         seconds |= measured
         if outcome != PASSED:
-            failed.append(f"{run.mutant.subject}: its tests fail without any change: {test}")
+            failed.append(f"{run.mutant.subject}: fails without any change: {test}")
             print((run.directory / "log").read_text(errors="replace")[-3000:], file=sys.stderr)
     return seconds, failed
 
 
 def print_row(run, outcome, test):
-    subject, change, *_ = run.mutant
+    subject, change = run.mutant.subject.partition("::")[0], run.mutant.change
     spent = time.monotonic() - run.start
     # tests/test_x.py::test_y[1-2] becomes test_x.py::test_y
     result = re.sub(r"^.*?(\w+\.py::\w+).*", r"\1", test) if outcome == FAILED else outcome
-    print(f"{subject:23} {change:44} {spent:4.0f} s  {result}", flush=True)
+    print(f"{subject:29} {change:44} {spent:4.0f} s  {result}", flush=True)
 
 
 def parse_arguments(argv):
@@ -232,7 +233,8 @@ def parse_arguments(argv):
     p.add_argument("--answers", action="store_true", help="the answers to the exercises instead")
     p.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (default 2)")
     p.add_argument("--limit", type=int, default=120, metavar="SECONDS",
-                   help="for the tests of one mutant (default 120)")
+                   help="processor time for the tests of one mutant (default 120); three times as "
+                        "much time may pass")
     return p.parse_args(argv)
 
 
