@@ -755,8 +755,8 @@ def complete(args, tokenizer, model, texts, prompts):
     echoes = ["" if args.chat else c.echo(p) for c, p in zip(completions, prompts, strict=True)]
     streaming, reason, timer = len(texts) == 1 and not args.json, "length", Timer()
     cache = new_cache(model, len(prompts), max(map(len, prompts)) + args.max_new_tokens)
-    show(echoes[0] if streaming else "")
     try:
+        show(echoes[0] if streaming else "")
         for step in generate_steps(model, prompts, args.max_new_tokens, args.temperature,
                                    args.top_p, args.seed, tokenizer.eos_id, cache, args.json):
             timer.tick()

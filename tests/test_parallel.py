@@ -498,29 +498,17 @@ def test_torchrun_ends_when_one_of_its_processes_is_killed(torchruns):
     assert "SIGKILL" in told and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
-RECIPE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], tp_plan="auto", dtype=torch.float32)
-tokens = model.generate(torch.tensor([[1, 429, 440, 261, 399]]), max_new_tokens=20,
-                        do_sample=False)
-if torch.distributed.get_rank() == 0:
-    print(tokens[0].tolist(), model.model.layers[0].self_attn.q_proj.weight.to_local().shape[0])
-"""
-
-
-def test_the_recipe_with_transformers_gives_the_same_text(tmp_path):
+def test_the_recipe_of_the_readme_prints_the_same_text_with_transformers(alone, tmp_path):
     pytest.importorskip("transformers")
-    (tmp_path / "serve.py").write_text(RECIPE)
-    process = torchrun(tmp_path / "serve.py", str(TINY))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [script] = re.findall("^```python\n([^`]*tp_plan[^`]*)^```", text, re.MULTILINE)
+    shutil.copy(ROOT / "tokenizer.py", tmp_path)
+    (tmp_path / "serve.py").write_text(script)
+    process = torchrun(tmp_path / "serve.py", TINY, "Once upon a time")
     out, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
-    tokenizer, model = load(TINY, torch.float32)
-    prompt = tokenizer.encode("Once upon a time")
-    [new] = generate(model, [prompt], 20, eos_id=tokenizer.eos_id)
-    assert out == f"{prompt + new} 96\n"  # 96 of the 192 rows of q_proj are on a rank
+    assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "20", "--dtype",
+                        "bfloat16")
 
 
 # ------------------------------------------------------------------ processes

@@ -465,7 +465,7 @@ CHANGES["tests/oracle/compare.py"] = [
     ("tolerances are ignored", "        if self.tolerances:\n            bad",
      "        if False:\n            bad"),
     ("drift is a jump", "drift = not self.tolerances and error <= limits[1]", "drift = False"),
-    ("only shifts to the right are tested", "for by in (1, -1):", "for by in (1,):"),
+    ("only shifts to the right are tested", "for by in (1, -1) if", "for by in (1,) if"),
     ("differences end with 0", "return 0 if found.first is None else 1", "return 0"),
 ]
 
