@@ -66,18 +66,19 @@ CHANGES = {
     "odd key heads": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "odd width": {"intermediate_size": 63},
     "no window": {"sliding_window": None},
-    "nan": {}, "random": {}}
+    "nan": {}, "random": {"head_dim": None}}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Random checkpoints by name; in all of them head_dim is not hidden_size / heads."""
+    """Random checkpoints by name. Their head_dim is not hidden_size / heads, except for "random",
+    whose config.json does not say it."""
     root = tmp_path_factory.mktemp("models")
     for name, changes in CHANGES.items():
         model = random_model(5, **SIZES | changes)
         if name == "nan":
             model.model.norm.weight[0] = torch.nan
-        save(model, root / name)
+        save(model, root / name, head_dim=(SIZES | changes)["head_dim"])
     save_int4(random_model(5, **SIZES), root / "int4", 16)
     save_int4(random_model(5, **SIZES | {"intermediate_size": 48}), root / "odd groups", 16)
     kernel = SIZES | {"hidden_size": 64, "intermediate_size": 128, "dtype": torch.bfloat16}
@@ -611,6 +612,7 @@ def become(rank, ranks, port, stdin, out, err, pipe):
             (stdin, os.open(out, flags) if pipe is None else pipe, os.open(err, flags))):
         os.dup2(opened, number)
     os.closerange(3, 256)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     if ranks:
         os.environ |= {

@@ -812,6 +812,9 @@ def test_no_cause_is_named_for_random_perturbations_of_a_correct_trace(tmp_path,
         tensors = {name: x.to(dtype) if x.is_floating_point() else x
                    for name, x in pair.read_file(ours)[1].items() if ".weight" not in name[-7:]}
         tensors, name = perturbed(tensors, draw)
+        layer = pair.layer_of(name)
+        tensors = {n: x for n, x in tensors.items() if layer is None or n == "tokens" or (
+            pair.layer_of(n) == layer or word(n) in ("layer", "embed_tokens"))}  # to save time
         code, text = verdict(ours, tensors, tmp_path, capsys)
         if code == 1:
             assert f"The first tensor that differs is {name}.\n" in text, (seed, text)
@@ -859,13 +862,15 @@ def test_a_cause_that_only_nearly_fits_is_not_named(
     ({"hidden": lambda self, g, u, weight: F.silu(g) * u * weight} | UNWEIGHTED, True),
     ({"down": lambda self, hidden, weight, name: self.linear(hidden * weight, name)} | UNWEIGHTED,
      True),
-    ({"hidden": lambda self, g, u, weight: F.silu(g) * u * weight}, False)])
+    ({"hidden": lambda self, g, u, weight: F.silu(g) * u * weight}, False),
+    ({"hidden": lambda self, g, u, weight: F.silu(g) * u * weight, "accumulate": overwrite}
+     | UNWEIGHTED, False)])
 def test_it_says_when_a_misplaced_routing_weight_leaves_the_mixture_equal(
         wrong, equal, golden_trace, tmp_path, capsys):
     ours = golden_trace()
     text = verdict(ours, port(ours, torch.float32, wrong), tmp_path, capsys)[1]
+    assert "Cause: the routing weight is " in text
     assert ("mixture is equal nevertheless, because w2 is linear" in text) is equal
-    assert "It also explains the" in text
 
 
 def test_a_second_error_in_the_same_layer_is_reported(golden_trace, tmp_path, capsys):

@@ -53,7 +53,7 @@ TESTS = {  # the tests of each subject, as arguments for pytest
     "convert.py": ["tests/test_convert.py"],
     "convert.py 4 bits": ["tests/test_int4.py"],
     "tests/oracle/trace.py": ["tests/oracle/test_trace.py", "tests/oracle/test_golden.py"],
-    "tests/oracle/compare.py": ["tests/oracle/test_compare.py", "tests/oracle/test_causes.py"],
+    "tests/oracle/compare.py": ["tests/oracle/test_compare.py"],
     "tests/oracle/pair.py": ["tests/oracle/test_compare.py", "tests/oracle/test_causes.py"],
     "tests/oracle/causes.py": ["tests/oracle/test_causes.py"],
     "tests/oracle/steps.py": ["tests/oracle/test_causes.py"],
