@@ -594,10 +594,8 @@ def lead(argv):
 def follow(argv):
     """`attempt` on another rank, which prints nothing.
 
-    It joins first, so that rank 0 alone reports wrong arguments. torchrun ends all ranks when one
-    fails, so after an error it waits until rank 0 has printed the same one.
+    It joins first, so that rank 0 alone reports wrong arguments; then torchrun ends this rank.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when all end
     with (open(os.devnull, "w") as null, contextlib.redirect_stdout(null),
           contextlib.redirect_stderr(null)):
         try:
@@ -605,15 +603,10 @@ def follow(argv):
         except SystemExit as end:
             if not end.code:  # --help: rank 0 does not join either
                 return 0
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it while it waits for rank 0
         join_ranks()
-        try:
-            code = attempt(argv)
-        except SystemExit as end:
-            code = end.code
-        if code:
-            with contextlib.suppress(RuntimeError):
-                store().wait([ENDED], timedelta(seconds=10))
-        return code
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on rank 0 ends all
+        return attempt(argv)
 
 
 def load_together(directory, dtype, device):
@@ -871,6 +864,9 @@ def attempt(argv):
         print(f"generate.py: {error.filename or 'standard output'}: {error.strerror}",
               file=sys.stderr)
     except ValueError as error:
+        if dist.is_initialized() and dist.get_rank() > 0:  # torchrun ends all ranks when one fails
+            with contextlib.suppress(RuntimeError):
+                store().wait([ENDED], timedelta(seconds=10))  # rank 0 reports the same error first
         print(f"generate.py: {error}", file=sys.stderr)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -885,4 +881,8 @@ def attempt(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if dist.is_initialized():  # the threads of torch.distributed can hang or abort at exit
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -286,7 +286,7 @@ def test_the_first_rank_reads_standard_input_for_all(start, alone, models, flags
 @pytest.mark.parametrize("name, ranks", [("random", 4), ("int4", 2), ("int4", 4)])
 def test_four_ranks_and_4_bit_checkpoints_print_what_one_process_prints(
         start, alone, models, name, ranks):
-    flags = ["--model", str(models / name), "--prompt", "Once", "--max-new-tokens", "20",
+    flags = ["--model", str(models / name), "--prompt", "Once", "--max-new-tokens", "10",
              "--temperature", "1", "--seed", "5"]
     assert printed_once(start(ranks, args=flags))[0] == alone(*flags)
 
@@ -374,7 +374,7 @@ def test_when_a_rank_is_killed_the_others_say_so_and_end(start, models, ranks, k
     assert ended["seconds"] < LIMIT and ended["codes"].pop(killed) == -signal.SIGKILL
     assert set(ended["codes"]) == {1} and not ended["err"].pop(killed)
     for told in ended["err"]:
-        assert re.match(r"generate\.py: rank \d stops because another rank has ended\n", told)
+        assert re.fullmatch(r"generate\.py: rank \d stops because another rank has ended\n", told)
 
 
 def fail_on_the_second_rank(error, args):
@@ -559,7 +559,8 @@ def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, wh
     """Start ranks and wait for them, as torchrun does; 0 ranks are one process without it.
 
     `call` names a function of this file, in place of the command. `wait` leaves standard input
-    open, and `stdout` is a file for the output of rank 0. When a file of the folder has some bytes,
+    open; that of other ranks than the first is open always, so that reading it would never end.
+    `stdout` is a file for the output of rank 0. When a file of the folder has some bytes,
     `when`, the signal `kill` is sent `to` ranks; without a signal, the output is a pipe that is
     closed then. If a rank fails, the others are ended, unless `together` is false. Returns exit
     codes and the seconds from the signal to the end.
@@ -570,20 +571,21 @@ def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, wh
     if not wait:
         os.close(pipe)
     read, written = os.pipe()
+    silence, _ = os.pipe()
     pids = []
     for rank in range(max(ranks, 1)):
         out = stdout if stdout and rank == 0 else f"{folder}/{rank}.out"
         pids.append(os.fork())
         if pids[-1] == 0:
-            become(rank, ranks, listener.getsockname()[1], text, out, f"{folder}/{rank}.err",
-                   written if when and not kill and rank == 0 else None)
+            become(rank, ranks, listener.getsockname()[1], silence if rank else text, out,
+                   f"{folder}/{rank}.err", written if when and not kill and rank == 0 else None)
             finish(*(globals()[call], args) if call else
                    (program.main, [[arg.replace("{rank}", str(rank)) for arg in args]]))
     for end in (text, written):
         os.close(end)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
                           master_listen_fd=listener.detach())
-    start, limit, codes = time.monotonic(), 100, [None] * len(pids)
+    start, limit, codes = time.monotonic(), 2 * LIMIT, [None] * len(pids)
     while None in codes:
         alive = [rank for rank, code in enumerate(codes) if code is None]
         for rank in alive:
