@@ -299,6 +299,16 @@ def lines(ended):
     return "".join(ended["err"]).splitlines()
 
 
+def report_slowly(args):
+    """The command with {rank} replaced, on ranks that need time for a line, the first rank most."""
+    def slow_print(*values, **options):
+        time.sleep(0.1 if int(os.environ["RANK"]) else 0.3)
+        print(*values, **options)
+
+    program.print = slow_print
+    return program.main([arg.replace("{rank}", os.environ["RANK"]) for arg in args])
+
+
 @pytest.mark.parametrize("name, message", [
     ("odd heads", "2 ranks .*num_attention_heads 3"),
     ("odd key heads", "2 ranks .*num_key_value_heads 3"),
@@ -308,8 +318,12 @@ def lines(ended):
     ("absent", r"absent: no model\*\.safetensors"),
     ("nan", "the logits are NaN")])
 def test_a_model_that_cannot_run_is_refused_in_one_line(start, models, name, message):
-    """The damaged file, "{rank}", is one that the first rank never reads."""
-    ended = start(2, args=["--model", str(models / name), "--prompt", "x"])
+    """The damaged file, "{rank}", is one that the first rank never reads.
+
+    The line is printed before any rank ends, because torchrun then ends the others.
+    """
+    args = ["--model", str(models / name), "--prompt", "x"]
+    ended = start(2, call="report_slowly", args=[args])
     [told] = lines(ended)
     assert told.startswith("generate.py: ") and re.search(message, told)
     assert ended["out"] in (["", ""], ["x", ""])
@@ -321,9 +335,9 @@ def test_a_model_that_cannot_run_is_refused_in_one_line(start, models, name, mes
     (["--temperature", "-1"], "temperature must be"), (["--stop", ""], "--stop needs a string"),
     (["--device", "nonsense"], "device 'nonsense' is not usable here")])
 def test_bad_arguments_are_reported_once(start, args, message):
-    ended = start(2, args=["--prompt", "x", *args])
+    ended = start(2, call="report_slowly", args=[["--prompt", "x", *args]])
     told = lines(ended)
-    assert message in told[-1] and "".join(told).count("generate.py: ") == 1
+    assert told and message in told[-1] and "".join(told).count("generate.py: ") == 1
     assert len(told) == 1 or "".join(told).count("usage: ") == 1
     assert ended["out"] == ["", ""] and ended["codes"][0] in (1, 2)
 
@@ -331,6 +345,7 @@ def test_bad_arguments_are_reported_once(start, args, message):
 def test_help_is_printed_once(start):
     ended = start(2, args=["--help"])
     assert ended["out"][0].count("usage: generate.py") == 1 and not ended["out"][1]
+    assert ended["codes"] == [0, 0]
 
 
 def test_more_tokens_than_the_memory_holds_are_refused_in_one_line(start, models):
@@ -341,6 +356,18 @@ def test_more_tokens_than_the_memory_holds_are_refused_in_one_line(start, models
     ended = start(2, args=[*model, "--chat"], stdin="x\ny\n")  # a conversation goes on
     told = lines(ended)
     assert ended["codes"] == [0, 0] and len(told) == 2 and all("GB of cache" in t for t in told)
+
+
+def lack_memory(args):
+    """The command on ranks of which only the first has free memory."""
+    if os.environ["RANK"] != "0":
+        program.free_memory = lambda device: 0
+    return program.main(args)
+
+
+def test_all_ranks_go_by_the_free_memory_of_the_first(start, models):
+    args = ["--model", str(models / "random"), "--prompt", "x", "--max-new-tokens", "3"]
+    printed_once(start(2, call="lack_memory", args=[args]))
 
 
 def test_input_that_is_not_text_is_refused_in_one_line(start, models):
@@ -579,8 +606,7 @@ def launch(ranks, folder, args, call=None, stdin="", wait=False, stdout=None, wh
         if pids[-1] == 0:
             become(rank, ranks, listener.getsockname()[1], silence if rank else text, out,
                    f"{folder}/{rank}.err", written if when and not kill and rank == 0 else None)
-            finish(*(globals()[call], args) if call else
-                   (program.main, [[arg.replace("{rank}", str(rank)) for arg in args]]))
+            finish(globals()[call] if call else program.main, args if call else [args])
     for end in (text, written):
         os.close(end)
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False,
