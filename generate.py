@@ -327,7 +327,8 @@ def tune(model):
     if layers and all(map(TunedInt4Linear.fits, layers)):
         repack(model)
     for module in model.modules():
-        if type(module) is nn.Linear and module.out_features % SLICES == 0:
+        if type(module) is nn.Linear and (
+                module.out_features % SLICES == 0 or module.weight.numel() <= SMALL):
             module.__class__ = TunedLinear
     return model
 
