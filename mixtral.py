@@ -14,8 +14,8 @@ In the shapes of this repository, each letter has one meaning:
 
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
-    S       tokens per row that are read at once      -                             -
-    T       keys that they can attend to              -                             -
+    S       tokens per row of a call, or of a chunk   -                             -
+    T       keys per row that queries can attend to   -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
     D       width of a hidden state                   hidden_size                4096
@@ -29,14 +29,15 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       weights that share a scale (last section) -                             -
+    G       weights that share a scale (Int4Linear)   -                             -
 
 Precision: linear layers, attention, activations and residual sums use the dtype of the weights.
 RMSNorm, rotation, the router's softmax and the weighted sum over experts are computed in at least
-float32; their outputs are rounded to the dtype of the weights, except for the router's. In a
-float64 model every floating-point number is float64.
+float32. Their outputs are rounded to the dtype of the weights, except that the weights of the
+experts are kept in at least float32. In a float64 model every floating-point number is float64.
 
-A paragraph that begins with "Difference:" names a result that differs from the released code.
+A paragraph that begins with "Difference:" names a result that differs from the released code by
+more than rounding.
 Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
 (arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
 """
@@ -110,7 +111,7 @@ def route(logits, top_k):
     same, because softmax keeps the order of the logits and the sum over all experts cancels.
 
     Difference: of equal logits, the expert with the lower index is chosen first, because the sort
-    is stable. torch.topk promises no order.
+    is stable. The released code uses torch.topk, which promises no order.
 
     >>> weights, chosen = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), top_k=3)
     >>> chosen.tolist(), [round(w, 4) for w in weights[0].tolist()]
@@ -142,12 +143,13 @@ class Expert(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """y = Σₑ weightₑ · SwiGLUₑ(x), summed over the A chosen experts e of a token (section 2.1).
+    """y = Σₑ weightₑ · SwiGLUₑ(x), summed over the A chosen experts e of a token.
 
     (B, S, D) -> (B, S, D)
 
-    Each expert that was chosen runs once, on all tokens that chose it. For 3 tokens, 4 experts and
-    A = 2, the choices [[1, 3], [0, 1], [3, 2]] give this loop:
+    This is the last equation in section 2.1 of the paper. Each expert that was chosen runs once, on
+    all tokens that chose it. For 3 tokens, 4 experts and A = 2, the choices
+    [[1, 3], [0, 1], [3, 2]] give this loop:
 
         expert 0 runs on token 1            expert 2 runs on token 2
         expert 1 runs on tokens 0 and 1     expert 3 runs on tokens 0 and 2
@@ -168,9 +170,9 @@ class SparseMoE(nn.Module):
         weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
         y = torch.zeros_like(at_least_float32(tokens))  # (N, D)
         for e in sorted(set(chosen.flatten().tolist())):
-            token, rank = torch.where(chosen == e)  # (R), (R)
+            token, column = torch.where(chosen == e)  # (R), (R)
             output = self.experts[e](tokens[token])  # (R, D)
-            y.index_add_(0, token, weights[token, rank, None] * output)  # y[token] += …
+            y.index_add_(0, token, weights[token, column, None] * output)  # y[token] += …
         return y.to(x.dtype).view_as(x)
 
 
@@ -229,7 +231,8 @@ def visible(queries, keys, window):
     `queries` and `keys` hold positions. A query sees W keys, its own included; if W is None, it
     sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
 
-    Difference: when `moe_one_file_ref.py` reads a prompt, a query sees W + 1 keys.
+    Difference: in `moe_one_file_ref.py` of the released code, a query sees W + 1 keys while a
+    prompt is read.
 
     >>> visible(torch.tensor([[9]]), torch.tensor([[5, 6, 7, 8, 9, 10, -1]]), window=4).tolist()
     [[[False, True, True, True, True, False, False]]]
@@ -261,10 +264,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * d, D, bias=False)
 
     def forward(self, x, cos, sin, mask, remember):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin)  # (B, S, H, d)
-        k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, S, K, d)
-        v = self.v_proj(x).view(heads)  # (B, S, K, d)
+        split = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(split), cos, sin)  # (B, S, H, d)
+        k = rotate(self.k_proj(x).view(split), cos, sin)  # (B, S, K, d)
+        v = self.v_proj(x).view(split)  # (B, S, K, d)
         k, v = remember(k, v)  # (B, T, K, d)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # heads before positions
         mixed = F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
@@ -293,12 +296,14 @@ class Decoder(nn.Module):
     """Everything except the output projection; returns the final hidden states.
 
     tokens (B, S), lengths (B) -> (B, S, D)
+
+    `lengths` counts the real tokens of each row. Only the cache needs it, to leave out padding.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, D) on the device "meta" imports more of PyTorch, which takes 2 s.
+        # from_pretrained, because nn.Embedding(V, D) on the device "meta" takes 2 s of imports.
         table = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -308,7 +313,7 @@ class Decoder(nn.Module):
         B, S = tokens.shape
         positions = torch.arange(S, device=tokens.device).expand(B, S)
         if cache is None:
-            key_positions, remember = positions, lambda layer, k, v: (k, v)
+            key_positions, remember = positions, (lambda layer, k, v: (k, v))
         else:
             positions = positions + cache.lengths[:, None]
             key_positions, remember = cache.extend(positions, lengths)
@@ -361,8 +366,8 @@ class Mixtral(nn.Module):
         chunk = S if cache is None else cache.chunk
         hidden = []
         for start in range(0, S, chunk):
-            real = (lengths - start).clamp(0, chunk)  # the number of real tokens in this chunk
-            hidden.append(self.model(tokens[:, start:start + chunk], real, cache))
+            count = (lengths - start).clamp(0, chunk)  # of the real tokens in this chunk
+            hidden.append(self.model(tokens[:, start:start + chunk], count, cache))
         hidden = torch.cat(hidden, dim=1)  # (B, S, D)
         if last_only:
             last = lengths.clamp(min=1) - 1
@@ -373,7 +378,7 @@ class Mixtral(nn.Module):
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
         """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
 
-        With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk.
+        With dtype None the weights keep their dtype, and on a CPU they stay memory-mapped files.
         Raises ValueError naming the tensors that are missing, unexpected or mis-shaped.
         """
         weights = read_weights(weight_files(directory))
@@ -391,10 +396,11 @@ class Cache:
     one by one into C = 128 slots, slot 3 ends up with position 259 = 2·128 + 3; it held 3 and 131
     before.
 
-    Mixtral.forward reads `chunk` tokens at a time. They are stored before their queries attend, so
-    C = W + chunk − 1, or max_length if that is smaller or there is no window. The first query of a
-    chunk, at position p, needs the positions from p − W + 1 on. The newest position that the chunk
-    overwrites, by its last token, is p + chunk − 1 − C = p − W, which no query of the chunk needs.
+    Mixtral.forward reads `chunk` tokens at a time, and stores them before their queries attend. If
+    all max_length tokens fit into W + chunk − 1 slots, or if there is no window, C = max_length and
+    no slot is used twice. Otherwise C = W + chunk − 1. In this case the last token of a chunk that
+    begins at position p overwrites position p + chunk − 1 − C = p − W, and the other tokens
+    overwrite older ones. The queries of the chunk need positions from p − W + 1 on.
     """
 
     keys: Tensor
@@ -422,7 +428,8 @@ class Cache:
         row, column = torch.where(real)
         slot = positions[row, column] % C
         self.positions[row, slot] = positions[row, column]
-        T = min(C, max(1, int(self.lengths.max())))  # the slots from T on are empty
+        longest = int(self.lengths.max())  # the new tokens included
+        T = min(C, max(1, longest))  # the slots from T on are empty
 
         def remember(layer, k, v):
             self.keys[layer, row, slot] = k[row, column]
@@ -451,7 +458,9 @@ def read_json(path):
 
 
 def read_rope_theta(raw, default):
-    """The rope_theta of a config.json. Raises ValueError for other models and scaled rotations."""
+    """The rope_theta of a config.json. Raises ValueError if the rotation is scaled or the model is
+    not a Mixtral.
+    """
     rope = {"rope_theta": raw.get("rope_theta", default)}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), dict | None):
@@ -476,7 +485,8 @@ def check_config(config):
         value, optional = getattr(c, name), kind == (int | None)
         low = 0 if name.endswith("token_id") else 1
         if kind is float:
-            check(name, "a finite number > 0", type(value) in (int, float) and 0 < value < 2**63)
+            check(name, "a number > 0 and < 2**63",
+                  type(value) in (int, float) and 0 < value < 2**63)
         elif kind is int or (optional and value is not None):
             check(name, f"an integer in {low} … {2**20}{' or null' if optional else ''}",
                   type(value) is int and low <= value <= 2**20)
@@ -485,8 +495,9 @@ def check_config(config):
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of num_attention_heads {H}",
           H % c.num_key_value_heads == 0)
-    check("num_attention_heads", f"a divisor of hidden_size {D}", c.head_dim or D % H == 0)
-    check("head_dim", "even", (c.head_dim or D // H) % 2 == 0)
+    check("hidden_size", f"an even multiple of num_attention_heads {H}",
+          c.head_dim or D % (2 * H) == 0)
+    check("head_dim", "even", c.head_dim is None or c.head_dim % 2 == 0)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
     check("tie_word_embeddings", "false", c.tie_word_embeddings is False)
 
@@ -503,8 +514,8 @@ def check_tokens(tokens, V):
 
 def check_lengths(lengths, B, S, cache):
     """Raises ValueError unless the lengths fit the batch and the cache has room for them."""
-    whole = lengths.shape == (B,) and lengths.dtype == torch.int64
-    if not whole or not all(0 <= length <= S for length in lengths.tolist()):
+    well_formed = lengths.shape == (B,) and lengths.dtype == torch.int64
+    if not (well_formed and all(0 <= length <= S for length in lengths.tolist())):
         raise ValueError(f"lengths must be {B} int64 numbers in 0 … {S}, got {lengths.dtype} "
                          f"{lengths.tolist()}")
     if cache is None:
@@ -531,7 +542,7 @@ FLOAT_WEIGHTS = (".weight", ".weight_scale")
 
 
 def read_weights(files):
-    """All tensors of some safetensors files by name, mapped from disk.
+    """All tensors of some safetensors files by name. They are memory-mapped.
 
     Raises ValueError if a file is damaged or a name repeats.
     """
@@ -562,10 +573,12 @@ def assemble(raw, weights):
     Raises ValueError unless all names, shapes and dtypes fit.
     """
     config = MixtralConfig.from_dict(raw)
+    # load_state_dict would list each of many missing tensors; this names one before it builds any.
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     expert = f"experts.{config.num_local_experts - 1}."
     if last not in weights or not any(expert in name for name in weights):
-        raise ValueError(f"the weights do not fit config.json: {last} or {expert}w1 is missing")
+        raise ValueError(f"the weights do not fit config.json: {last} or a weight of {expert[:-1]} "
+                         "is missing")
     with torch.device("meta"):
         model = Mixtral(config)
         use_int4(model, raw, weights)
@@ -587,9 +600,9 @@ class Int4Linear(nn.Module):
 
     (..., D) -> (..., M)
 
-    The shapes are those of w1 and w3. This is the format `pack-quantized` of compressed-tensors. G
-    neighbouring weights of a row share one scale. A 32-bit word stores eight numbers u, the first
-    in the lowest bits. Word j of a row holds the columns 8j … 8j + 7:
+    The layer has D inputs and M outputs, as w1 and w3 have. This is the format `pack-quantized` of
+    compressed-tensors. G neighbouring weights of a row share one scale. A 32-bit word stores eight
+    numbers u, the first in the lowest bits. Word j of a row holds the columns 8j … 8j + 7:
 
         bits   31…28  27…24  23…20  19…16  15…12  11…8   7…4    3…0
         holds   u₇     u₆     u₅     u₄     u₃     u₂     u₁     u₀
@@ -617,8 +630,8 @@ def unpack(packed, scale):
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
     """
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
-    u = (packed[:, :, None] >> shifts) & 15  # (M, D/8, 8)
-    return ((u - 8).reshape(*scale.shape, -1) * scale[:, :, None]).flatten(1)
+    u = ((packed[:, :, None] >> shifts) & 15).reshape(*scale.shape, -1)  # (M, D/G, G)
+    return ((u - 8) * scale[:, :, None]).flatten(1)
 
 
 def use_int4(model, raw, weights):
