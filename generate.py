@@ -148,7 +148,10 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     alive = [True] * len(prompts)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache, lengths, last_only=True)[:, 0]  # (B, V)
-        tokens = draw(logits, temperature, top_p, generators)[:, None]  # (B, 1)
+        tokens = draw(logits, temperature, top_p, generators)  # (B)
+        if is_sharded(model):
+            dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
+        tokens = tokens[:, None]  # (B, 1)
         known = [None] * len(prompts)
         if logprobs:
             known = logits.double().log_softmax(-1).gather(1, tokens)[:, 0].tolist()
@@ -164,13 +167,9 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
 def draw(logits, temperature, top_p, generators):
     """One token per row, each row with its own generator: (B, V) to (B)."""
     if temperature == 0:
-        tokens = sample(logits)
-    else:
-        tokens = torch.stack([sample(row, temperature, top_p, generator)
-                              for row, generator in zip(logits, generators, strict=True)])
-    if dist.is_initialized():
-        dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
-    return tokens
+        return sample(logits)
+    return torch.stack([sample(row, temperature, top_p, generator)
+                        for row, generator in zip(logits, generators, strict=True)])
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
@@ -444,6 +443,8 @@ def check_memory(directory, weights, dtype, device):
     needed = stored if dtype is None else sum(
         weight.numel() * dtype.itemsize for weight in weights.values())
     free = free_memory(device)
+    if free is not None and device == "cpu":  # the ranks of this machine share its memory
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     if free is None or needed <= free:
         return
     facts = f"{directory}: {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"
@@ -535,7 +536,13 @@ def reduce_outputs(model):
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(all_reduce)
         layer.block_sparse_moe.register_forward_hook(all_reduce)
+    model.sharded = True
     return model
+
+
+def is_sharded(model):
+    """Whether this rank holds only a share of the model."""
+    return getattr(model, "sharded", False)
 
 
 def join_ranks():

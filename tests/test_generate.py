@@ -673,6 +673,17 @@ def test_weights_must_fit_into_the_free_memory_unless_they_stay_on_disk(
     assert (told.count("\n") == 1 and "stay on disk" in told) if fits is None else told == ""
 
 
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(program, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(program.dist, "is_initialized", lambda: True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_memory("DIR", MEGABYTE, torch.float32, "cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    check_memory("DIR", MEGABYTE, torch.float32, "cuda")
+    with pytest.raises(ValueError, match="memory free on cpu"):
+        check_memory("DIR", MEGABYTE, torch.float32, "cpu")
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_converted(monkeypatch, capsys):
     monkeypatch.setattr(program, "free_memory", lambda device: 30_000_000)
     monkeypatch.setattr(program, "assemble", None)  # calling it would be a TypeError

@@ -116,6 +116,12 @@ def dtype_of(directory):
     return None if Path(directory).name == "int4 kernel" else torch.float64
 
 
+def own_text(directory, rank):
+    """Tokens that a rank draws with a whole model of its own."""
+    model = Mixtral.from_pretrained(directory, dtype_of(directory))
+    return generate(model, [[1, 300 + rank]], 8, temperature=2.0, seed=rank)
+
+
 def measure(directory):
     """Everything that the tests below compare, of a checkpoint loaded on this rank."""
     tokenizer, model = load(directory, dtype_of(directory))
@@ -126,6 +132,7 @@ def measure(directory):
         "bytes": sum(storages.values()),
         "shapes": {name: w.shape for name, w in model.state_dict().items()},
         "kernels": sum(isinstance(layer, TunedInt4Linear) for layer in model.modules()),
+        "own text": own_text(directory, dist.get_rank() if dist.is_initialized() else 0),
         "unseeded": generate(model, [prompt, prompt[:2]], 8, temperature=2.0),
         "seeded": generate(model, [prompt, prompt[:2]], 8, temperature=1.0, seed=7)}
 
@@ -178,6 +185,12 @@ def test_ranks_draw_the_tokens_of_one_process_and_without_a_seed_the_same(measur
         assert one["seeded"] == measured[name, 1][0]["seeded"]
         assert one["unseeded"] == measured[name, ranks][0]["unseeded"]
     assert measured[name, ranks][0]["unseeded"] != measured[name, 1][0]["unseeded"]
+
+
+def test_a_rank_with_a_whole_model_of_its_own_draws_its_own_tokens(measured, models):
+    for rank, one in enumerate(measured["random", 4]):
+        assert one["own text"] == own_text(models / "random", rank)
+    assert len({str(one["own text"]) for one in measured["random", 4]}) == 4
 
 
 def test_two_ranks_hold_at_most_6_tenths_of_the_embedded_model_each(measured):
