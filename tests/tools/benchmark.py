@@ -5,7 +5,8 @@
     prefill    prompts of 64, 512 and 4,096 tokens
     decode     32 more tokens, also of the embedded model, and its dispatcher events per token
     batch      32 more tokens in 4 and 16 rows at once
-    int4       experts in 4 bits, beside bfloat16
+    int4       experts in 4 bits, beside bfloat16; with --text also the bits per byte of the
+               embedded model for two rules and two sizes of the groups
     long       32,768 tokens with a window of 4,096, as multiples of 8,192 tokens
     tokenizer  English text for the first time (cold) and again (warm), beside sentencepiece
     convert    two layouts, beside `cp -r`; not measured by default, because it needs 5 GB of disk
@@ -51,6 +52,7 @@ from sides import (
     Loader,
     Machine,
     Ours,
+    Quality,
     Side,
     Tokenizers,
     Transformers,
@@ -258,6 +260,13 @@ def int4(bench):
     for rows in (1, *sizes.rows):
         yield Row(f"int4 decode, batch {rows}", "tokens/s",
                   bench.rates(runs, 1, rows, sizes.context, 1 + NEW))
+    if bench.args.text:
+        side = bench.side(Quality, bench.args.text)
+        plain = side("bits_per_byte")
+        for G, best in itertools.product((32, 64), (False, True)):
+            rule = "the best of ten scales" if best else "the scale max/7.5"
+            yield Row(f"tiny in 4 bits, groups of {G}, {rule}", "bits per byte",
+                      {"this": side("bits_per_byte", G, best), "bfloat16": plain})
 
 
 def watched(command):
@@ -366,7 +375,8 @@ def machine_name():
 
 
 def number(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 4
+    return f"{value:,.{digits}f}"
 
 
 def table_line(row):
@@ -412,6 +422,8 @@ def parse_arguments(argv):
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep the random model there")
     p.add_argument("--llama-bench", metavar="PATH", help="the program of llama.cpp")
     p.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="its files")
+    p.add_argument("--text", type=Path, metavar="FILE",
+                   help="held-out stories, one after each line <|endoftext|>, for int4")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     p.add_argument("--svg", type=Path, metavar="FILE", help="also draw the rates there")
     args = p.parse_args(argv)

@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FORK = multiprocessing.get_context("fork")
 
 
-
 class Side:
     """An object in a process of its own, whose methods this process calls one at a time."""
 
@@ -147,6 +146,33 @@ class Transformers(Language):
         self.model.set_experts_implementation(experts)
         self.model.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False,
                             attention_mask=torch.ones_like(tokens), pad_token_id=0)
+
+
+class Quality:
+    """The score of the embedded model in bfloat16 for held-out stories."""
+
+    def __init__(self, path):
+        sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+        import train
+
+        import convert
+
+        self.convert, self.train = convert, train
+        self.stories = train.documents(path, "<|endoftext|>")
+
+    def bits_per_byte(self, G=None, best=True):
+        """With a group size, the experts are rounded to 4 bits first, as convert.py does it."""
+        from mixtral import Mixtral
+        from tokenizer import Tokenizer
+
+        model = Mixtral.from_pretrained(ROOT / "tiny", torch.bfloat16)
+        for name, weight in model.named_parameters():
+            if G and ".experts." in name:
+                divisors = self.convert.DIVISORS if best else [7.5]
+                q, scale = self.convert.quantise(weight.float(), G, torch.bfloat16, divisors)
+                q = q.unflatten(1, (-1, G)).to(torch.bfloat16)
+                weight.data = (q * scale[:, :, None]).flatten(1)
+        return self.train.evaluate(model, Tokenizer(ROOT / "tiny"), self.stories)[0]
 
 
 class Loader:

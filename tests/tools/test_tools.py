@@ -83,10 +83,12 @@ def test_every_part_of_the_benchmark_runs_and_measures_something(tmp_path):
     llama = tmp_path / "llama-bench"
     llama.write_text('#!/bin/sh\necho \'[{"avg_ts": 50.0}]\'\n')
     llama.chmod(0o755)
+    stories = tmp_path / "stories.txt"
+    stories.write_text("Once upon a time, there was a cat.\n<|endoftext|>\nOne day, it ran.\n")
     done = subprocess.run([
         sys.executable, TOOLS / "benchmark.py", *benchmark.PARTS, "--quick", "--rounds", "1",
         "--against", benchmark.ROOT, "--llama-bench", llama, "--gguf", tmp_path / "Q8_0.gguf",
-        "--json", tmp_path / "rows.json", "--svg", tmp_path / "chart.svg"],
+        "--json", tmp_path / "rows.json", "--svg", tmp_path / "chart.svg", "--text", stories],
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -101,6 +103,9 @@ def test_every_part_of_the_benchmark_runs_and_measures_something(tmp_path):
     assert values["prefill 8, bfloat16"]["llama.cpp Q8_0"] == 50  # by the script above
     assert {"this", "before"} <= values["decode, batch 1, bfloat16"].keys()
     assert values["tiny dispatcher events, float32"]["this"] < 3000
+    quality = [values[what] for what in values if what.startswith("tiny in 4 bits")]
+    assert len(quality) == 4 and all(0.95 < x["this"] / x["bfloat16"] < 1.05 for x in quality)
+    assert len({x["this"] for x in quality}) == 4
     chart = ElementTree.parse(tmp_path / "chart.svg").getroot()
     labels = " ".join(text.text for text in chart.iter("{http://www.w3.org/2000/svg}text"))
     assert "prefill 8, bfloat16" in labels and "llama.cpp Q8_0" in labels
