@@ -144,7 +144,7 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     tokens, lengths = pad(prompts, model.config.vocab_size, device)
     generators = [random_generator(seed, device) for _ in prompts]
     if cache is None:
-        cache = model.new_cache(len(prompts), tokens.shape[1] + max_new_tokens)
+        cache = new_cache(model, len(prompts), tokens.shape[1] + max_new_tokens)
     alive = [True] * len(prompts)
     for _ in range(max_new_tokens):
         logits = model(tokens, cache, lengths, last_only=True)[:, 0]  # (B, V)
@@ -386,7 +386,7 @@ class TunedInt4Linear(nn.Module):
 
     On 2 AVX2 cores the kernel multiplies 13 G weights/s for one row, the bfloat16 product 9. Up to
     64 rows it is faster than a product with unpacked weights, and for 256 rows it takes 1.2 of the
-    time. An expert gets 64 rows of a chunk of 256 tokens, so the kernel is used for any rows.
+    time. An expert gets 128 rows of a chunk of 512 tokens, so the kernel is used for any rows.
     """
 
     def __init__(self, layer):
@@ -456,16 +456,23 @@ def check_memory(directory, weights, dtype, device):
                          f"({stored / 1e9:.1f} GB); otherwise use a larger machine")
 
 
+# Of 2,048 tokens in chunks of 256, 512 and 1,024, the 0.79 B model reads 243, 280 and 281 tokens/s in
+# float32 and 214, 225 and 250 in bfloat16. Of 512 tokens in chunks of 256 and 512 it reads 266 and
+# 276, and 240 and 270. An expert gets a quarter of the tokens of a chunk.
+CHUNK = 512
+
+
 def new_cache(model, rows, length):
     """A cache for rows of that length. Raises ValueError if it does not fit into memory."""
     check_integer("the length of a text", length)
     one = model.new_cache(1, 1)
-    slots = min(length, (model.config.sliding_window or length) + 255)
-    needed, free = rows * slots * 2 * one.keys.nbytes, from_first_rank(free_memory(one.keys.device))
+    slots = min(length, (model.config.sliding_window or length) + CHUNK - 1)
+    needed, free = rows * slots * 2 * one.keys.nbytes, free_memory(one.keys.device)
+    free = from_first_rank(free) if is_sharded(model) else free
     if free is not None and needed > free:
         raise ValueError(f"{rows} rows of {length} tokens need {needed / 1e9:.1f} GB of cache, but "
                          f"{free / 1e9:.1f} GB of memory are free; ask for fewer tokens")
-    return model.new_cache(rows, length)
+    return model.new_cache(rows, length, CHUNK)
 
 
 def with_progress(weights):
