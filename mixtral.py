@@ -1,8 +1,8 @@
 """Mixtral 8x7B: a transformer decoder whose feed-forward layers are sparse mixtures of experts.
 
 Every layer holds eight feed-forward networks, called experts, and a router that sends each token
-to two of them. The model stores 46.7 billion parameters and uses 12.9 billion of them for a token.
-Everything else is an ordinary dense transformer. The forward pass is:
+to two of them. The model stores 46.7 billion parameters and uses 12.9 billion of them for a token,
+the whole embedding included. Everything else is an ordinary dense transformer. The forward pass is:
 
     x = embed_tokens[tokens]
     for each layer:
@@ -31,13 +31,15 @@ In the shapes of this repository, each letter has one meaning:
     M       inner width of an expert                  intermediate_size         14336
     G       weights that share a scale (Int4Linear)   -                             -
 
-Precision: linear layers, attention, activations and residual sums use the dtype of the weights.
-RMSNorm, rotation, the router's softmax and the weighted sum over experts are computed in at least
-float32. Their outputs are rounded to the dtype of the weights, except that the weights of the
-experts are kept in at least float32. In a float64 model every floating-point number is float64.
+Precision: linear layers, attention, activations and residual sums take and give the dtype of the
+weights. RMSNorm, rotation, the router's softmax and the weighted sum over experts compute in at
+least float32. RMSNorm and rotation round to the dtype of the weights, and RMSNorm does so before it
+multiplies by its weight. The softmax is not rounded, and the sum is rounded once, when it is
+complete. In a float64 model every floating-point number is float64.
 
 A paragraph that begins with "Difference:" names a result that differs from the released code by
 more than rounding.
+
 Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
 (arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
 """
@@ -154,9 +156,10 @@ class SparseMoE(nn.Module):
         expert 0 runs on token 1            expert 2 runs on token 2
         expert 1 runs on tokens 0 and 1     expert 3 runs on tokens 0 and 2
 
-    An expert takes every token that chose it, so no token is dropped. Other implementations give
-    every expert a buffer for a fixed number of tokens, which is a capacity factor times the average
-    A·N/E. A token that finds the buffer full is dropped: it misses the output of that expert.
+    An expert takes every token that chose it, so no token is dropped. Some other implementations
+    give every expert a buffer for a fixed number of tokens, which is a capacity factor times the
+    average A·N/E. A token that finds the buffer full is dropped: it misses the output of that
+    expert.
     """
 
     def __init__(self, config):
@@ -248,9 +251,9 @@ class Attention(nn.Module):
     (B, S, D) -> (B, S, D)
 
     Query head h uses key/value head h // (H/K), so H/K neighbouring query heads share one.
-    `remember` takes the keys and values of these tokens and returns those to attend to. In
-    bfloat16, PyTorch computes scores and softmax in float32 and may round the probabilities to
-    bfloat16.
+    `remember` receives the new keys and values and returns all keys and values to attend to. With a
+    cache these include earlier tokens. In bfloat16, PyTorch computes scores and softmax in float32
+    and may round the probabilities to bfloat16.
     """
 
     def __init__(self, config):
@@ -303,7 +306,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # from_pretrained, because nn.Embedding(V, D) on the device "meta" takes 2 s of imports.
+        # nn.Embedding(V, D) on the device "meta" imports modules for 2 s; this does not.
         table = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -379,7 +382,7 @@ class Mixtral(nn.Module):
         """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
 
         With dtype None the weights keep their dtype, and on a CPU they stay memory-mapped files.
-        Raises ValueError naming the tensors that are missing, unexpected or mis-shaped.
+        Raises ValueError if a file is damaged, or naming weights that do not fit config.json.
         """
         weights = read_weights(weight_files(directory))
         weights = {name: convert_floats(weight, dtype, device) for name, weight in weights.items()}
@@ -573,7 +576,7 @@ def assemble(raw, weights):
     Raises ValueError unless all names, shapes and dtypes fit.
     """
     config = MixtralConfig.from_dict(raw)
-    # load_state_dict would list each of many missing tensors; this names one before it builds any.
+    # A config.json with far too many layers or experts fails here, before the model is built.
     last = f"model.layers.{config.num_hidden_layers - 1}.input_layernorm.weight"
     expert = f"experts.{config.num_local_experts - 1}."
     if last not in weights or not any(expert in name for name in weights):
@@ -600,9 +603,9 @@ class Int4Linear(nn.Module):
 
     (..., D) -> (..., M)
 
-    The layer has D inputs and M outputs, as w1 and w3 have. This is the format `pack-quantized` of
-    compressed-tensors. G neighbouring weights of a row share one scale. A 32-bit word stores eight
-    numbers u, the first in the lowest bits. Word j of a row holds the columns 8j … 8j + 7:
+    For w2, exchange D and M. This is the format `pack-quantized` of compressed-tensors. G
+    neighbouring weights of a row share one scale. A 32-bit word stores eight numbers u, the first
+    in the lowest bits. Word j of a row holds the columns 8j … 8j + 7:
 
         bits   31…28  27…24  23…20  19…16  15…12  11…8   7…4    3…0
         holds   u₇     u₆     u₅     u₄     u₃     u₂     u₁     u₀
@@ -623,8 +626,8 @@ def unpack(packed, scale):
 
     packed (M, D/8), scale (M, D/G) -> (M, D)
 
-    In float64 the products are exact, because u − 8 has 4 significant bits and a stored scale has
-    at most 24.
+    In float64 the products are exact, because u − 8 has at most 4 significant bits, and a scale of
+    32 bits or less has at most 24.
 
     >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
