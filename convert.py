@@ -26,15 +26,10 @@ meet, so every head of q and k is reordered. For d = 8:
                          6 7
 
 Memory: at first, only names, shapes and file offsets are read. The numbers of a tensor are read
-when it is written, so memory holds at most one tensor and its reordered copy, or with int4 one
-tensor in float32.
+when it is written, so memory holds at most one tensor and its converted copy.
 
 Safety: pickles are opened with weights_only=True, so they cannot run code. The output is written to
 `.OUT.part` beside OUT and renamed when it is complete.
-
-Differences from other converters: tokenizer.json is made here, because transformers needs further
-packages to read tokenizer.model. The text `</s>` encodes to the control token in it, as in every
-tokenizer of transformers.
 
 Not included: other quantised formats, LoRA weights, non-contiguous tensors in pickles, new chat
 templates (existing ones are copied), pieces that a v3 tokenizer declares as whole (its
@@ -134,7 +129,6 @@ class Parameter(NamedTuple):
 
     names: tuple[str, ...]  # one for each layout
     shape: tuple[int, ...]
-    heads: int | None  # None except for q and k
     expert: int | None  # None outside the experts
 
 
@@ -143,12 +137,11 @@ def parameters(config):
     c, H, K = config, config.num_attention_heads, config.num_key_value_heads
     sizes = {"V": c.vocab_size, "D": c.hidden_size, "M": c.intermediate_size,
              "E": c.num_local_experts, "H·d": H * c.head_dim, "K·d": K * c.head_dim}
-    heads = {".self_attn.q_proj": H, ".self_attn.k_proj": K}
 
     def parameter(row, layer=0, expert=None):
         names = tuple(full_name(row, layout, layer, expert) for layout in LAYOUTS)
         shape = tuple(sizes[letter] for letter in row[3:])
-        return Parameter(names, shape, heads.get(row[HUGGINGFACE]), expert)
+        return Parameter(names, shape, expert)
 
     embedding, *block, norm, head = NAMES
     yield parameter(embedding)
@@ -159,7 +152,97 @@ def parameters(config):
     yield parameter(head)
 
 
-# ------------------------------------------------------------------ configuration
+# ------------------------------------------------------------------ from one layout to another
+
+
+class Stored(NamedTuple):
+    """A tensor in a file. `read(first, count)` reads these rows, or all by default."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str  # a str describes something that cannot be read
+    read: Callable[..., torch.Tensor]
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint(NamedTuple):
+    """A complete and well-formed checkpoint, and what to convert its weights to."""
+
+    layout: int
+    config: MixtralConfig
+    stored: dict[str, Stored]
+    dtype: torch.dtype  # to convert to
+    scheme: dict | None = None  # the quantization_config to write; None means no 4-bit weights
+    group_size: int | None = None  # None unless the experts are to be stored in 4 bits
+
+
+BLOCK = 2**17  # weights converted at a time, so that they stay in the CPU's cache
+
+
+def read_rows(stored, name, first, count):
+    """Some rows of a matrix. Those of a 4-bit matrix are in float64, which makes them exact."""
+    if f"{name}_packed" not in stored:
+        return stored[name].read(first, count)
+    words, scale = (stored[name + end].read(first, count) for end in ("_packed", "_scale"))
+    return unpack(words, scale.double())
+
+
+def read_parameter(checkpoint, parameter, to):
+    """Yield some rows of a parameter after another, in the order of the layout `to`."""
+    layout, config, stored = checkpoint.layout, checkpoint.config, checkpoint.stored
+    name, rows, first = parameter.names[layout], parameter.shape[0], 0
+    step = max(1, BLOCK * rows // math.prod(parameter.shape))
+    if layout == FUSED and parameter.expert is not None:
+        M = config.intermediate_size
+        first = parameter.expert * M
+        if name.endswith("w2"):
+            yield from read_rows(stored, name, first, M).T.contiguous().split(step)
+            return
+    reordered = parameter.names[MISTRAL].endswith((".wq.weight", ".wk.weight"))
+    if reordered and (layout == HUGGINGFACE) != (to == HUGGINGFACE):
+        columns = 2 if to == HUGGINGFACE else config.head_dim // 2
+        weight = read_rows(stored, name, 0, rows)
+        yield from regroup(weight, rows // config.head_dim, columns).split(step)
+        return
+    for n in range(0, rows, step):
+        yield read_rows(stored, name, first + n, min(step, rows - n))
+
+
+def converted(checkpoint, parameter, to):
+    """Yield what `read_parameter` does in the dtype to convert to.
+
+    Raises ValueError if a number would become infinite.
+    """
+    name, dtype = parameter.names[checkpoint.layout], checkpoint.dtype
+    for weight in read_parameter(checkpoint, parameter, to):
+        result = weight.to(dtype)
+        if dtype != weight.dtype and (result.isinf() & weight.isfinite()).any():
+            raise ValueError(f"{name}: holds numbers too large for {dtype}; choose another --dtype")
+        yield result
+
+
+def output_tensors(checkpoint, to, errors=None):
+    """The tensors to write by name, in the order of the forward pass. Nothing is read yet.
+
+    `errors` is a dict to which `quantised` adds.
+    """
+    tensors = {}
+    for p in parameters(checkpoint.config):
+        name = p.names[to]
+        if checkpoint.group_size and p.expert is not None:
+            tensors |= quantised(checkpoint, p, errors)
+        elif checkpoint.scheme and f"{name}_packed" in checkpoint.stored:
+            for part in (f"{name}_packed", f"{name}_scale", f"{name}_shape"):
+                stored = checkpoint.stored[part]
+                tensors[part] = Lazy(stored.shape, stored.dtype, lambda t=stored: [t.read()])
+        else:
+            tensors[name] = Lazy(p.shape, checkpoint.dtype, partial(converted, checkpoint, p, to))
+    return tensors
+
+
+# ------------------------------------------------------------------ params.json and config.json
 
 # The fields of params.json. The fused layout has a params.json with Hugging Face's field names.
 PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
@@ -170,6 +253,11 @@ PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "he
           "num_experts_per_tok": "num_experts_per_tok", "num_experts": "num_local_experts"}
 OPTIONAL = {"head_dim", "rope_theta", "sliding_window", "max_position_embeddings",
             "num_experts_per_tok"}
+
+
+def context_length(hidden_size):
+    """The context length of 8x22B or of 8x7B, as released. params.json rarely holds it."""
+    return 65536 if hidden_size == 6144 else 32768
 
 
 def read_params(path):
@@ -188,31 +276,429 @@ def read_params(path):
     window = str(fields.get("sliding_window")).lower()
     if window in ("none", "null") or window.isdecimal():  # the fused release writes it as a string
         fields["sliding_window"] = int(window) if window.isdecimal() else None
-    config = MixtralConfig.from_dict(fields)
-    if "max_position_embeddings" in fields:
-        return config
-    return dataclasses.replace(config, max_position_embeddings=context_length(config))
-
-
-def context_length(config):
-    """The context length of 8x22B or of 8x7B, as released. params.json rarely holds it."""
-    return 65536 if config.hidden_size == 6144 else 32768
+    fields.setdefault("max_position_embeddings", context_length(fields["hidden_size"]))
+    return MixtralConfig.from_dict(fields)
 
 
 def params_from_config(config):
     """The params.json of a configuration, without a window or context of the default size."""
     params = {name: getattr(config, field) for name, field in PARAMS.items()}
     moe = {name: params.pop(name) for name in ("num_experts_per_tok", "num_experts")}
-    defaults = {"sliding_window": None, "max_seq_len": context_length(config)}
+    defaults = {"sliding_window": None, "max_seq_len": context_length(config.hidden_size)}
     return {name: value for name, value in params.items()
             if name not in defaults or value != defaults[name]} | {"moe": moe}
 
 
-# ------------------------------------------------------------------ reading weights
+def write_config(part, checkpoint):
+    """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
+    config, scheme = checkpoint.config, checkpoint.scheme
+    write_json(part / "config.json", {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+        **dataclasses.asdict(config), "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
+        **({"quantization_config": scheme} if scheme else {})})
+    if not (part / "generation_config.json").exists():
+        write_json(part / "generation_config.json", {
+            "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
+
+
+# ------------------------------------------------------------------ 4-bit weights
+
+GROUP_SIZES = (32, 64, 128, 256)  # those that other programs have fast kernels for
+# The values of c in the equation of `quantise`. On the embedded model in groups of 32 they leave a
+# relative error of the weights of 8.8 %; c = 7.5 alone leaves 9.6 %, and steps of 0.5 leave 8.9 %.
+DIVISORS = [n / 4 for n in range(27, 37)]
+
+
+def quantise(weight, G, dtype, divisors=DIVISORS):
+    """Round every group of G weights of a row to multiples q·s of a scale s, with −8 ≤ q ≤ 7.
+
+    weight (M, D) -> (M, D), (M, D/G)
+
+        s = max|w| / c, rounded to dtype        q = clamp(round(w / s), −8, 7)
+
+    Each group takes the c with the least squared error Σ(w − q·s)². A larger c clips the largest
+    weights and rounds all others more finely. The second result holds the scales.
+    """
+    groups = weight.unflatten(1, (-1, G))  # (M, D/G, G)
+    largest = groups.abs().amax(dim=-1, keepdim=True)
+    best = least = None
+    for divisor in divisors:
+        scale = (largest / divisor).to(dtype).to(weight.dtype)
+        scale.masked_fill_(scale == 0, 1)  # a group of zeros
+        q = (groups / scale).round_().clamp_(-8, 7)
+        error = (groups - q * scale).square_().sum(dim=-1, keepdim=True)
+        best, least = (scale, error) if best is None else (
+            torch.where(error < least, scale, best), torch.minimum(error, least))
+    q = (groups / best).round_().clamp_(-8, 7)
+    return q.flatten(1), best[:, :, 0].to(dtype)
+
+
+def pack(q):
+    """Store eight neighbouring integers in −8 … 7 in each 32-bit word; `unpack` reads them.
+
+    (M, D) -> (M, D/8)
+
+    >>> f"{pack(torch.arange(-8, 0)[None]).item():x}"
+    '76543210'
+    """
+    u = (q + 8).to(torch.int32).unflatten(1, (-1, 8))
+    words = u[:, :, 7]
+    for n in range(6, -1, -1):
+        words = words << 4 | u[:, :, n]
+    return words
+
+
+def quantised(checkpoint, parameter, errors):
+    """The three tensors of an expert's matrix in 4 bits.
+
+    The scales are found with the words, and wait in memory until they are written after them.
+    `errors` gets Σ(w − q·s)² and Σw² of each layer.
+    """
+    name, (M, D), G = parameter.names[HUGGINGFACE], parameter.shape, checkpoint.group_size
+    scales, sums = [], errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
+
+    def words():
+        for weight in read_parameter(checkpoint, parameter, HUGGINGFACE):
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            q, scale = quantise(weight, G, checkpoint.dtype)
+            if not scale.isfinite().all():
+                raise ValueError(f"{parameter.names[checkpoint.layout]}: holds NaN or numbers too "
+                                 f"large for 4 bits with scales of {checkpoint.dtype}")
+            yield pack(q)
+            scales.append(scale)
+            rounded = (q.unflatten(1, (-1, G)) * scale[:, :, None]).flatten(1)
+            sums[0] += (weight - rounded).square().sum().item()
+            sums[1] += weight.square().sum().item()
+
+    def release():
+        yield torch.cat(scales)
+        scales.clear()
+
+    return {f"{name}_packed": Lazy((M, D // 8), torch.int32, words),
+            f"{name}_scale": Lazy((M, D // G), checkpoint.dtype, release),
+            f"{name}_shape": torch.tensor((M, D))}
+
+
+def int4_scheme(G):
+    """The quantization_config with which transformers and vLLM read 4-bit experts."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
+               "group_size": G}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
+
+
+def check_group_size(place, config, scheme, G):
+    """Raises ValueError unless experts of these widths can be stored in groups of G."""
+    if scheme is not None:
+        raise ValueError(f"{place}: has 4-bit weights already; leave out --dtype to keep them, or "
+                         "convert the original weights")
+    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
+    if odd := [f"{name} {width}" for name, width in widths.items() if width % G]:
+        fitting = [str(size) for size in GROUP_SIZES if not math.gcd(*widths.values()) % size]
+        raise ValueError(f"{place}: groups of {G} do not divide {' and '.join(odd)}; "
+                         f"--group-size can be {' or '.join(fitting) or 'nothing'} here")
+
+
+def report_errors(errors):
+    """Print ‖W − Ŵ‖ / ‖W‖ for the 4-bit weights Ŵ of each layer."""
+    for layer, (error, size) in errors.items():
+        report(f"layer {layer}: relative error of the 4-bit weights "
+               f"{100 * math.sqrt(error / (size or 1)):.2f} %")
+
+
+# ------------------------------------------------------------------ the tokenizer for transformers
+
+EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.jinja", "generation_config.json")
+
+
+def write_small_files(source, part, checkpoint, to):
+    """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer."""
+    models = list(source.glob("tokenizer.model")) or list(source.glob("tokenizer.model.v*"))
+    if len(models) == 1:  # newer releases of 8x22B call it tokenizer.model.v3
+        shutil.copyfile(models[0], part / "tokenizer.model")
+    else:
+        report(f"{source} has no tokenizer.model; copy the one of this model to the output")
+    if to == MISTRAL:
+        write_json(part / "params.json", params_from_config(checkpoint.config))
+        return
+    for name in EXTRAS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, part / name)
+    write_config(part, checkpoint)
+    if len(models) == 1 and not (part / "tokenizer.json").exists():
+        write_tokenizer(models[0], part, checkpoint.config)
+
+
+def write_tokenizer(model, part, config):
+    """Write tokenizer.json, because transformers needs more packages to read a tokenizer.model.
+
+    As in every tokenizer of transformers, the text `</s>` encodes to the control token. Raises
+    ValueError if the tokenizer.model cannot belong to this model.
+    """
+    t = Tokenizer(model)
+    if t.vocab_size > config.vocab_size:
+        raise ValueError(f"{model}: has {t.vocab_size} pieces, but the model's vocabulary has only "
+                         f"{config.vocab_size}; they do not belong together")
+    write_json(part / "tokenizer.json", fast_tokenizer(t))
+    if not (part / "tokenizer_config.json").exists():
+        ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
+        write_json(part / "tokenizer_config.json", {
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            **{name: t.pieces[i] for name, i in ids.items()}})
+
+
+def fast_tokenizer(t):
+    """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
+    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": t.pieces[i], "special": True} | plain
+                         for i in sorted({t.unk_id, *t.control})],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "post_processor": bos_template(t),
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "unk_token": t.pieces[t.unk_id], "fuse_unk": True,
+                  "byte_fallback": True, "merges": merges(t),
+                  "vocab": {piece: i for i, piece in enumerate(t.pieces)}}}
+
+
+def bos_template(t):
+    """The post-processor that puts BOS in front of a text or of a pair of texts."""
+    bos = t.pieces[t.bos_id]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
+    return {"type": "TemplateProcessing",
+            "single": [start, first], "pair": [start, first, second],
+            "special_tokens": {bos: {"id": bos, "ids": [t.bos_id], "tokens": [bos]}}}
+
+
+def merges(t):
+    """The merges of a BPE, best first: every split of a piece into two other pieces.
+
+    A merge ranks as its result does, by score. Equal scores rank by id; only runs of spaces have
+    them, and the shorter run comes first.
+    """
+    ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
+    return [f"{piece[:n]} {piece[n:]}" for piece in ranked for n in range(1, len(piece))
+            if piece[:n] in t.scores and piece[n:] in t.scores]
+
+
+# ------------------------------------------------------------------ a whole checkpoint
+
+
+def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False,
+            group_size=None):
+    """Convert the checkpoint in the directory `source` to the layout `to` in the directory `out`.
+
+    `limit` is the size of a file in bytes. With a group_size the experts are stored in 4 bits.
+    Raises ValueError or OSError and then writes nothing.
+    """
+    source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
+    check_places(source, out, overwrite)
+    checkpoint = open_checkpoint(source, dtype, group_size)
+    if checkpoint.scheme and to == MISTRAL:
+        raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
+    files = shards(output_tensors(checkpoint, to, errors), to, limit)
+    announce(source, out, checkpoint, files)
+    check_space(out, total_size(files))
+    with complete_or_absent(out, directory=True) as part:
+        write_small_files(source, part, checkpoint, to)  # first, since it may refuse
+        write_weights(part, files)
+    if group_size:
+        report_errors(errors)
+        before = total_size({"": checkpoint.stored})
+        report(f"{human_size(before)} of weights before, {human_size(total_size(files))} after")
+
+
+def shards(tensors, to, limit):
+    """The tensors of each file. A file has at most `limit` bytes of tensors, or one larger tensor.
+
+    The Mistral layout has only one file.
+    """
+    groups, free = [{}], math.inf if to == MISTRAL else limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > free and groups[-1]:
+            groups.append({})
+            free = limit
+        groups[-1][name] = tensor
+        free -= tensor.nbytes
+    if len(groups) == 1:
+        return {"consolidated.safetensors" if to == MISTRAL else "model.safetensors": groups[0]}
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group
+            for n, group in enumerate(groups, 1)}
+
+
+def total_size(files):
+    """The bytes of all tensors in the files that `shards` has planned."""
+    return sum(tensor.nbytes for group in files.values() for tensor in group.values())
+
+
+def write_weights(part, files):
+    """Write all files with weights, and an index if there are several."""
+    progress = Progress(total_size(files))
+    for file, group in files.items():
+        write_safetensors(part / file, group, FORMAT, progress.add)
+    if len(files) > 1:
+        write_json(part / "model.safetensors.index.json", {
+            "metadata": {"total_size": total_size(files)},
+            "weight_map": {name: file for file, group in files.items() for name in group}})
+
+
+# ------------------------------------------------------------------ opening a checkpoint
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-READ_SIZE = 2**18  # bytes; a block of this size stays in the CPU's cache until it is written
+
+
+def open_checkpoint(directory, dtype=None, group_size=None):
+    """Find out which layout a directory holds and check it against its configuration.
+
+    `dtype` is the one to convert to; None keeps the checkpoint's. With a group_size the experts are
+    to be stored in 4 bits. Raises ValueError listing what is wrong.
+    """
+    stored = open_all(directory)
+    matches = [sum(full_name(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
+    if not any(matches):
+        raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
+                         f"{len(stored)} is {next(iter(stored), None)}")
+    layout = matches.index(max(matches))
+    config, scheme = read_configuration(directory, layout)
+    check_tensors(stored, expected_tensors(stored, layout, config, scheme), directory)
+    dtypes = {tensor.dtype for tensor in stored.values()} & set(FLOATS.values())
+    if group_size:
+        check_group_size(directory, config, scheme, group_size)
+        dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+        return Checkpoint(layout, config, stored, dtype, int4_scheme(group_size), group_size)
+    if not dtype and len(dtypes) > 1:
+        raise ValueError(f"{directory}: the weights have the dtypes "
+                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
+    return Checkpoint(layout, config, stored, dtype or dtypes.pop(), None if dtype else scheme)
+
+
+def read_configuration(directory, layout):
+    """The configuration in a directory of this layout and its quantization_config, if any."""
+    if layout != HUGGINGFACE:
+        return read_params(directory / "params.json"), None
+    raw = read_json(directory / "config.json")
+    return MixtralConfig.from_dict(raw), raw.get("quantization_config")
+
+
+def expected_tensors(stored, layout, config, scheme):
+    """Map the name of each tensor to its shape and its dtype, or to None for any of FLOATS.
+
+    With a quantization_config, any matrix may be stored in 4 bits.
+    """
+    G, expected = None if scheme is None else int4_group_size(scheme), {}
+    for p in parameters(config):
+        name, shape = p.names[layout], p.shape
+        if layout == FUSED and p.expert is not None:
+            shape = config.num_local_experts * config.intermediate_size, config.hidden_size
+        if G and f"{name}_packed" in stored and len(shape) == 2 and shape[1] % G == 0:
+            M, D = shape
+            expected |= {f"{name}_packed": ((M, D // 8), torch.int32),
+                         f"{name}_scale": ((M, D // G), None),
+                         f"{name}_shape": ((2,), torch.int64)}
+        else:
+            expected[name] = shape, None
+    return expected
+
+
+def check_tensors(stored, expected, place):
+    """Raises ValueError listing the tensors that are missing, unknown or of a wrong form."""
+    problems = [f"missing {name}" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        shape, dtype = expected.get(name, (None, None))
+        if shape is None:
+            problems.append(f"unknown {name}")
+        elif tensor.dtype not in ([dtype] if dtype else FLOATS.values()):
+            wanted = dtype or "a contiguous tensor of floats"
+            problems.append(f"{name} is {tensor.dtype}, not {wanted}")
+        elif tensor.shape != shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
+        elif dtype == torch.int64:
+            rows, words = expected[name.removesuffix("_shape") + "_packed"][0]
+            if (found := tensor.read().tolist()) != [rows, 8 * words]:
+                problems.append(f"{name} must hold {[rows, 8 * words]}, got {found}")
+    refuse_if(problems, f"{place}: the weights do not fit the configuration")
+
+
+def open_all(directory):
+    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
+    stored, files, problems = {}, {}, []
+    for paths in weight_files(directory):
+        file = paths[0].name
+        try:
+            opened = open_safetensors if file.endswith(".safetensors") else open_pickle
+            for name, tensor in opened(paths):
+                if name in stored:
+                    problems.append(f"{name} is in both {files[name]} and {file}")
+                stored[name], files[name] = tensor, file
+        except Exception as error:  # damaged bytes lead the two libraries to errors of any type
+            problems.append(f"{file}: {damage(error)}")
+    refuse_if(problems, directory)
+    return stored
+
+
+def damage(error):
+    """What is wrong with a file, from the error that opening it raised."""
+    if isinstance(error, UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        return f"refused, because it would run {code[1]}" if code else "incomplete or damaged"
+    text = reason(error).splitlines()[0]
+    return text if type(error) is ValueError else f"incomplete or damaged: {text}"
+
+
+def refuse_if(problems, place):
+    """Raise a ValueError that lists the problems found in a place, if there are any."""
+    if problems:
+        more = [f"and {len(problems) - 20} more problems"] if len(problems) > 20 else []
+        raise ValueError(f"{place}: {'; '.join(problems[:20] + more)}")
+
+
+def weight_files(directory):
+    """The files with the weights. Each is a tuple of its parts, which has one item unless split.
+
+    Of several sets of files, the first in the order below is read. Raises ValueError if there are
+    none, or if a file or part is missing.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
+        if (index := directory / f"{stem}.index.json").exists():
+            return [(file,) for file in read_index(index)]
+        if (directory / stem).exists():
+            return [(directory / stem,)]
+    if whole := sorted([*directory.glob("consolidated.[0-9][0-9].pt"),
+                        *directory.glob("consolidated.[0-9][0-9].pth")]):
+        return [(path,) for path in whole]
+    parts = {int(match[1]): path for path in directory.iterdir()
+             if (match := re.fullmatch(r"consolidated\.00\.pth-split([0-9]{1,3})", path.name))}
+    if not parts:
+        raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
+                         "pytorch_model*.bin or consolidated.*")
+    refuse_if([f"missing consolidated.00.pth-split{n}" for n in range(max(parts))
+               if n not in parts], directory)
+    return [tuple(parts[n] for n in sorted(parts))]
+
+
+def read_index(path):
+    """The files that a shard index (*.index.json) names. Raises ValueError if one is missing."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: wanted a weight_map from names to files")
+    names = sorted({os.path.basename(str(name)) for name in weight_map.values()})
+    refuse_if([f"missing {name:.80}" for name in names if not os.path.isfile(path.parent / name)],
+              path.parent)
+    return [path.parent / name for name in names]
+
+
+# ------------------------------------------------------------------ reading files
 
 
 class ConcatenatedFiles(io.RawIOBase):
@@ -250,91 +736,22 @@ def as_buffer(tensor):
     return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
 
 
-class Stored(NamedTuple):
-    """A tensor in a file. Its numbers have not been read."""
+def in_file(paths, offset, shape, dtype):
+    """A tensor that lies at this offset of a file, which may be split."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str describes something that cannot be read
-    paths: tuple[Path, ...]  # several if the file is split
-    offset: int  # in bytes, from the start of the file
-
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def rows(self, first, count, step):
-        """Read the rows first … first + count − 1 in order, `step` rows at a time."""
-        row_size = math.prod(self.shape[1:]) * self.dtype.itemsize
+    def read(first=0, count=None):
+        tensor = torch.empty(count or shape[0], *shape[1:], dtype=dtype)
         try:
-            with ConcatenatedFiles(self.paths) as file:
-                file.seek(self.offset + first * row_size)
-                for n in range(0, count, step):
-                    tensor = torch.empty(min(step, count - n), *self.shape[1:], dtype=self.dtype)
-                    if file.readinto(as_buffer(tensor)) != tensor.nbytes:
-                        raise ValueError(f"{self.paths[0]}: the file ends before its tensors do")
-                    yield tensor
+            with ConcatenatedFiles(paths) as file:
+                file.seek(offset + first * tensor[0].nbytes)
+                complete = file.readinto(as_buffer(tensor)) == tensor.nbytes
         except OSError as error:
-            raise ValueError(f"{self.paths[0]}: not readable: {error.strerror}") from None
+            raise ValueError(f"{paths[0]}: not readable: {error.strerror}") from None
+        if not complete:
+            raise ValueError(f"{paths[0]}: the file ends before its tensors do")
+        return tensor
 
-
-def record_sizes(file):
-    """Map the offset of each record in a file of torch.save to its size. The file is a zip archive.
-
-    Raises ValueError if records are compressed, are big-endian or do not follow one another. No
-    checksum protects the lengths from which an offset is computed, hence the last check.
-    """
-    archive, sizes = zipfile.ZipFile(file), {}
-    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    ends = [*(entry.header_offset for entry in entries), archive.start_dir][1:]
-    for entry, end in zip(entries, ends, strict=True):
-        if entry.compress_type:
-            raise ValueError("compressed, but torch.save does not compress; load and save it again")
-        if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-            raise ValueError("big-endian; load and save it again on a little-endian machine")
-        file.seek(entry.header_offset + 26)
-        name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
-        start = entry.header_offset + 30 + name_length + extra_length
-        large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
-        descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # bytes after the content
-        if start + entry.file_size + descriptor != end:
-            raise ValueError(f"incomplete or damaged at {entry.filename}")
-        sizes[start] = entry.file_size
-    return sizes
-
-
-def unpickle(file):
-    """The dict in a file of torch.save, on the meta device, and the sizes of the file's records."""
-    if file.read(4) != b"PK\3\4":
-        raise ValueError("not a zip archive as torch.save writes since version 1.6; "
-                         "load it and save it again")
-    sizes = record_sizes(file)
-    file.seek(0)
-    try:
-        content = torch.load(file, map_location="meta", weights_only=True)
-    except UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"refused, because it would run {code[1]}; wanted a dict of tensors"
-                         if code else "incomplete or damaged") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
-    return content, sizes
-
-
-def open_pickle(paths):
-    """Yield the name of each tensor in a file of torch.save, which may be split, and the tensor."""
-    with ConcatenatedFiles(paths) as file:
-        content, sizes = unpickle(file)
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
-            yield str(name), Stored((), type(value).__name__, paths, 0)
-            continue
-        storage = value.untyped_storage()
-        start = storage._checkpoint_offset  # set by torch.load: where the storage's bytes begin
-        if storage.nbytes() and sizes.get(start) != storage.nbytes():
-            raise ValueError(f"{name} is not where torch.save puts it; the file is damaged or was "
-                             "repacked; load it and save it again")
-        offset = start + value.storage_offset() * value.itemsize
-        yield str(name), Stored(tuple(value.shape), value.dtype, paths, offset)
+    return Stored(tuple(shape), dtype, read)
 
 
 def open_safetensors(paths):
@@ -347,196 +764,46 @@ def open_safetensors(paths):
     header.pop("__metadata__", None)
     for name, entry in header.items():
         dtype, offset = entry["dtype"], 8 + length + entry["data_offsets"][0]
-        yield name, Stored(tuple(entry["shape"]), WRITABLE.get(dtype, dtype), paths, offset)
+        yield name, in_file(paths, offset, entry["shape"], WRITABLE.get(dtype, dtype))
 
 
-def open_all(directory):
-    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
-    stored, problems = {}, []
-    for paths in weight_files(directory):
-        opened = open_safetensors if paths[0].suffix == ".safetensors" else open_pickle
-        try:
-            for name, tensor in opened(paths):
-                if name in stored:
-                    problems.append(f"{name} is in both {stored[name].paths[0].name} and "
-                                    f"{paths[0].name}")
-                stored[name] = tensor
-        except Exception as error:  # damaged bytes lead the two libraries to errors of any type
-            text = reason(error).splitlines()[0]
-            damaged = "" if type(error) is ValueError else "incomplete or damaged: "
-            problems.append(f"{paths[0].name}: {damaged}{text}")
-    refuse_if(problems, directory)
-    return stored
+def open_pickle(paths):
+    """Yield the name of each tensor in a file of torch.save, and the tensor."""
+    with ConcatenatedFiles(paths) as file:
+        sizes = record_sizes(zipfile.ZipFile(file))
+        file.seek(0)
+        content = torch.load(file, map_location="meta", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
+            yield str(name), Stored((), type(value).__name__, None)
+            continue
+        storage = value.untyped_storage()
+        start = storage._checkpoint_offset  # set by torch.load: where the storage's bytes begin
+        if storage.nbytes() and sizes.get(start) != storage.nbytes():
+            raise ValueError(f"{name} is not where torch.save puts it; the file is damaged or was "
+                             "repacked; load it and save it again")
+        offset = start + value.storage_offset() * value.itemsize
+        yield str(name), in_file(paths, offset, value.shape, value.dtype)
 
 
-def refuse_if(problems, place, shown=20):
-    """Raise a ValueError that lists the problems found in a place, if there are any."""
-    if problems:
-        more = [f"and {len(problems) - shown} more problems"] if len(problems) > shown else []
-        raise ValueError(f"{place}: {'; '.join(problems[:shown] + more)}")
+def record_sizes(archive):
+    """Map the offset of each record of torch.save, which writes a zip archive, to its size.
 
-
-def read_index(path):
-    """The files that a shard index (*.index.json) names, all of them in the index's directory.
-
-    Raises ValueError if a file is missing or lies in another directory.
+    The list at the end of the archive gives the size of a record and where the next one begins.
+    The header in front of a record, whose lengths no checksum protects, is not needed.
     """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: wanted a weight_map from names to files")
-    names = sorted({str(name) for name in weight_map.values()})
-    refuse_if([f"names {name:.80}, a file outside its directory" for name in names
-               if os.path.basename(name) != name], path)
-    files = [path.parent / name for name in names]
-    refuse_if([f"missing {name:.80}" for name, file in zip(names, files, strict=True)
-               if not os.path.isfile(file)], path.parent)
-    return files
-
-
-def weight_files(directory):
-    """The files with the weights. Each is a tuple of its parts, which has one item unless split.
-
-    Of several sets of files, the first in the order below is read. Raises ValueError if there are
-    none, or if a file or part is missing.
-    """
-    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
-        if (index := directory / f"{stem}.index.json").exists():
-            return [(file,) for file in read_index(index)]
-        if (directory / stem).exists():
-            return [(directory / stem,)]
-    names = sorted(path.name for path in directory.glob("consolidated.*"))
-    whole = [name for name in names if re.fullmatch(r"consolidated\.\d+\.pth?", name)]
-    if whole:
-        return [(directory / name,) for name in whole]
-    parts = [directory / name for name in names
-             if re.fullmatch(r"consolidated\.00\.pth-split[0-9]{1,3}", name)]
-    if not parts:
-        raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
-                         "pytorch_model*.bin or consolidated.*")
-    parts.sort(key=lambda path: (len(path.name), path.name))  # split2 before split10
-    last = int(parts[-1].name.rpartition("split")[2])
-    wanted = [f"consolidated.00.pth-split{n}" for n in range(last + 1)]
-    refuse_if([f"missing {name}" for name in wanted if directory / name not in parts], directory)
-    return [tuple(parts)]
-
-
-class Int4(NamedTuple):
-    """A weight matrix that is stored in 4 bits, read as if it were an ordinary one."""
-
-    shape: tuple[int, int]
-    dtype: torch.dtype  # of the scales
-    packed: Stored
-    scale: Stored
-
-    def rows(self, first, count, step):
-        """The weights, in float64 so that they are exact, as `Stored.rows` reads them."""
-        for words, scale in zip(self.packed.rows(first, count, step),
-                                self.scale.rows(first, count, step), strict=True):
-            yield unpack(words, scale.double())
-
-    def tensors(self, name):
-        """The three tensors as they are, to be written."""
-        parts = {}
-        for end, part in (("packed", self.packed), ("scale", self.scale)):
-            step = max(1, READ_SIZE // (part.shape[1] * part.dtype.itemsize))
-            read = partial(part.rows, 0, part.shape[0], step)
-            parts[f"{name}_{end}"] = Lazy(part.shape, part.dtype, read)
-        return parts | {f"{name}_shape": shape_tensor(self.shape)}
-
-
-def join_int4(stored, G, place):
-    """Put an `Int4` in the place of the three tensors of each 4-bit matrix.
-
-    Raises ValueError listing what is wrong.
-    """
-    stored, problems = dict(stored), []
-    for name in [name[:-7] for name in stored if name.endswith(".weight_packed")]:
-        packed, scale, shape = (stored.pop(f"{name}_{end}", None)
-                                for end in ("packed", "scale", "shape"))
-        problem = "is there twice" if name in stored else int4_problem(packed, scale, shape, G)
-        if problem:
-            problems.append(f"{name}{problem}" if problem[0] == "_" else f"{name} {problem}")
-        else:
-            M, D = packed.shape[0], 8 * packed.shape[1]
-            stored[name] = Int4((M, D), scale.dtype, packed, scale)
-    refuse_if(problems, f"{place}: the weights do not fit the configuration")
-    return stored
-
-
-def int4_problem(packed, scale, shape, G):
-    """A phrase that begins with the end of a tensor's name, or None if the three tensors fit."""
-    if packed.dtype != torch.int32 or len(packed.shape) != 2:
-        return f"_packed must be a matrix of int32, got {packed.dtype} {list(packed.shape)}"
-    M, D = packed.shape[0], 8 * packed.shape[1]
-    if D % G or scale is None or scale.shape != (M, D // G):
-        return f"_scale must be of shape [{M}, {D} / {G}], got {scale and [*scale.shape]}"
-    whole = shape is not None and shape.dtype == torch.int64 and shape.shape == (2,)
-    found = next(shape.rows(0, 2, 2)).tolist() if whole else None
-    return None if found == [M, D] else f"_shape must be int64 [{M}, {D}], got {found}"
-
-
-class Checkpoint(NamedTuple):
-    """A complete and well-formed checkpoint. None of its numbers has been read."""
-
-    layout: int
-    config: MixtralConfig
-    stored: dict[str, Stored | Int4]
-    dtype: torch.dtype  # the one to convert to
-    scheme: dict | None = None  # the quantization_config to write; None means no 4-bit weights
-    group_size: int | None = None  # None unless the experts are to be stored in 4 bits
-
-
-def mismatches(stored, layout, config):
-    """One phrase for each tensor that is missing, unknown, or of a wrong shape or type."""
-    expected = {p.names[layout]: p.shape for p in parameters(config)}
-    if layout == FUSED:
-        fused = config.num_local_experts * config.intermediate_size, config.hidden_size
-        expected |= {name: fused for name in expected if not name.endswith(".weight")}
-    problems = [f"missing {name}" for name in expected if name not in stored]
-    for name, tensor in stored.items():
-        if name not in expected:
-            problems.append(f"unknown {name}")
-        elif tensor.dtype not in FLOATS.values():
-            problems.append(f"{name} is {tensor.dtype}, not a contiguous tensor of floats")
-        elif tensor.shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(expected[name])}")
-    return problems
-
-
-def read_configuration(directory, layout):
-    """The configuration in a directory of this layout and its quantization_config, if any."""
-    if layout != HUGGINGFACE:
-        return read_params(directory / "params.json"), None
-    raw = read_json(directory / "config.json")
-    return MixtralConfig.from_dict(raw), raw.get("quantization_config")
-
-
-def open_checkpoint(directory, dtype=None, group_size=None):
-    """Find out which layout a directory holds and check it against its configuration.
-
-    `dtype` is the one to convert to; None keeps the checkpoint's. With a group_size the experts are
-    to be stored in 4 bits. Raises ValueError listing what is wrong.
-    """
-    stored = open_all(directory)
-    matches = [sum(full_name(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
-    if not any(matches):
-        raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
-                         f"{len(stored)} is {next(iter(stored), None)}")
-    layout = matches.index(max(matches))
-    config, scheme = read_configuration(directory, layout)
-    if scheme is not None:
-        stored = join_int4(stored, int4_group_size(scheme), directory)
-    refuse_if(mismatches(stored, layout, config),
-              f"{directory}: the weights do not fit the configuration")
-    dtypes = {tensor.dtype for tensor in stored.values()}
-    if group_size:
-        check_group_size(directory, config, scheme, group_size)
-        dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
-        return Checkpoint(layout, config, stored, dtype, int4_scheme(group_size), group_size)
-    if not dtype and len(dtypes) > 1:
-        raise ValueError(f"{directory}: the weights have the dtypes "
-                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
-    return Checkpoint(layout, config, stored, dtype or dtypes.pop(), None if dtype else scheme)
+    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    ends, sizes = [*(entry.header_offset for entry in entries), archive.start_dir][1:], {}
+    for entry, end in zip(entries, ends, strict=True):
+        if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+            raise ValueError("big-endian; load and save it again on a little-endian machine")
+        large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
+        descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # bytes after the content
+        if not entry.compress_type:
+            sizes[end - descriptor - entry.file_size] = entry.file_size
+    return sizes
 
 
 # ------------------------------------------------------------------ writing files
@@ -555,39 +822,24 @@ class Lazy(NamedTuple):
     dtype: torch.dtype
     pieces: Callable[[], Iterable[torch.Tensor]]
 
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
+    nbytes = Stored.nbytes
 
 
-def shape_tensor(shape):
-    """The shape of a 4-bit matrix as a tensor, which belongs to its format."""
-    return Lazy((2,), torch.int64, lambda: [torch.tensor(shape)])
+def write_safetensors(path, tensors, metadata=FORMAT, progress=None):
+    """Write a safetensors file. It is complete or, after any error, not there.
 
-
-def check_tensor(name, tensor):
-    """Raises ValueError unless the bytes of a tensor can be written as they are in memory."""
-    if tensor.dtype not in WRITABLE.values():
-        raise ValueError(f"{name}: cannot write {tensor.dtype}; convert it to one of "
-                         f"{', '.join(map(str, WRITABLE.values()))}")
-    if isinstance(tensor, torch.Tensor):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: is on the device {tensor.device}; call .cpu() first")
-        if tensor.layout != torch.strided or not tensor.is_contiguous():
-            raise ValueError(f"{name}: is not contiguous; call .contiguous() first")
-
-
-def checked_pieces(name, tensor):
-    """Yield the pieces of a tensor. Raises ValueError unless they have its dtype and its size."""
-    size = 0
-    for piece in tensor.pieces() if isinstance(tensor, Lazy) else [tensor]:
-        check_tensor(name, piece)
-        if piece.dtype != tensor.dtype:
-            raise ValueError(f"{name}: wanted {tensor.dtype}, got a piece of {piece.dtype}")
-        yield piece
-        size += piece.nbytes
-    if size != tensor.nbytes:
-        raise ValueError(f"{name}: wanted {tensor.nbytes} bytes, got {size}")
+    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. After each one,
+    `progress` is called with its size. The library's own writer needs NumPy. Raises ValueError for
+    a tensor that cannot be written and for a file that cannot be written.
+    """
+    tensors = in_aligned_order(tensors)
+    header = safetensors_header(tensors, metadata)
+    with complete_or_absent(path) as part, open(part, "wb") as file:
+        file.write(header)
+        for name, tensor in tensors.items():
+            write_tensor(file, name, tensor)
+            if progress:
+                progress(tensor.nbytes)
 
 
 def in_aligned_order(tensors):
@@ -605,11 +857,12 @@ def in_aligned_order(tensors):
 
 def safetensors_header(tensors, metadata):
     """The first bytes of a safetensors file: the length of the JSON text, and the JSON text."""
-    if wrong := [name for name, text in metadata.items() if not isinstance(text, str)]:
-        raise ValueError(f"metadata {wrong[0]}: wanted a str, got {metadata[wrong[0]]!r:.80}")
     codes = {dtype: code for code, dtype in WRITABLE.items()}
     header, end = {"__metadata__": dict(metadata)}, 0
     for name, tensor in tensors.items():
+        if tensor.dtype not in codes:
+            raise ValueError(f"{name}: cannot write {tensor.dtype}; convert it to one of "
+                             f"{', '.join(map(str, codes))}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
@@ -618,22 +871,24 @@ def safetensors_header(tensors, metadata):
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(path, tensors, metadata=FORMAT):
-    """Write a safetensors file. It is complete or, after any error, not there.
+def write_tensor(file, name, tensor):
+    """Write the numbers of a tensor as they are in memory."""
+    size = 0
+    for piece in tensor.pieces() if isinstance(tensor, Lazy) else [tensor]:
+        if piece.device.type != "cpu" or not piece.is_contiguous() or piece.dtype != tensor.dtype:
+            raise ValueError(f"{name}: is not contiguous {tensor.dtype} in CPU memory; "
+                             "call .cpu().contiguous() first")
+        file.write(as_buffer(piece))
+        size += piece.nbytes
+    if size != tensor.nbytes:
+        raise ValueError(f"{name}: wanted {tensor.nbytes} bytes, got {size}")
 
-    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. The library's own
-    writer needs NumPy. Raises ValueError for a tensor that is not contiguous, not on the CPU or of
-    another dtype, and for a file that cannot be written.
-    """
-    for name, tensor in tensors.items():
-        check_tensor(name, tensor)
-    tensors = in_aligned_order(tensors)
-    header = safetensors_header(tensors, metadata)
-    with complete_or_absent(path) as part, open(part, "wb") as file:
-        file.write(header)
-        for name, tensor in tensors.items():
-            for piece in checked_pieces(name, tensor):
-                file.write(as_buffer(piece))
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------ complete outputs
 
 
 def check_output(path, directory=False):
@@ -704,6 +959,32 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def check_places(source, out, overwrite):
+    """Raises ValueError unless the output can be written without harm to any other files."""
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory")
+    if any(place in (source, *source.parents) for place in (out, *temporary_places(out))):
+        raise ValueError(f"{out}: the output may neither be nor contain the input {source}")
+    check_output(out, directory=True)
+    content = list(out.iterdir()) if out.exists() else []
+    if content and not overwrite:
+        raise ValueError(f"{out}: is not empty; choose another directory or add --overwrite")
+    checkpoint = any(path.name in ("config.json", "params.json") for path in content)
+    if content and not checkpoint or any(path.is_dir() for path in content):
+        raise ValueError(f"{out}: --overwrite replaces only a directory that holds a checkpoint "
+                         "and no other directory")
+
+
+def check_space(out, size):
+    """Raises ValueError if so many bytes do not fit on the disk."""
+    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
+    if size > free:
+        raise ValueError(f"{out}: needs {human_size(size)}, the disk has {human_size(free)} free")
+
+
+# ------------------------------------------------------------------ the command line
+
+
 def reason(error):
     """The text of an error, without the number of an OSError. If it has no text, its type."""
     if isinstance(error, OSError) and error.strerror:
@@ -711,312 +992,10 @@ def reason(error):
     return str(error) or type(error).__name__
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# ------------------------------------------------------------------ converting the weights
-
-
-def cast(name, weight, dtype):
-    """A contiguous copy in another dtype. Raises ValueError if a number would become infinite."""
-    result = weight.to(dtype).contiguous()
-    if dtype != weight.dtype and (result.isinf() & weight.isfinite()).any():
-        raise ValueError(f"{name}: holds numbers too large for {dtype}; choose another --dtype")
-    return result
-
-
-def read_parameter(checkpoint, parameter, to, dtype):
-    """Yield the rows of a parameter as the layout `to` orders them, in contiguous pieces.
-
-    A parameter that is transposed or reordered is one piece. The rows of any other are read
-    READ_SIZE bytes at a time.
-    """
-    name, layout, config = parameter.names[checkpoint.layout], checkpoint.layout, checkpoint.config
-    stored, first, count = checkpoint.stored[name], 0, parameter.shape[0]
-    fused = layout == FUSED and parameter.expert is not None
-    if fused:
-        count = config.intermediate_size
-        first = parameter.expert * count
-    transposed = fused and name.endswith("w2")
-    reordered = parameter.heads and (layout == HUGGINGFACE) != (to == HUGGINGFACE)
-    row_size = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-    step = count if transposed or reordered else max(1, READ_SIZE // row_size)
-    for weight in stored.rows(first, count, step):
-        if transposed:
-            weight = weight.T
-        if reordered:
-            columns = 2 if to == HUGGINGFACE else config.head_dim // 2
-            weight = regroup(weight, parameter.heads, columns)
-        yield cast(name, weight, dtype)
-
-
-def output_tensors(checkpoint, to, errors=None):
-    """The tensors to write by name, in the order of the forward pass. Nothing is read yet.
-
-    `errors` is a dict to which `quantised` adds.
-    """
-    tensors, dtype = {}, checkpoint.dtype
-    for p in parameters(checkpoint.config):
-        stored = checkpoint.stored.get(p.names[checkpoint.layout])
-        if checkpoint.group_size and p.expert is not None:
-            tensors |= quantised(checkpoint, p, errors)
-        elif checkpoint.scheme and isinstance(stored, Int4):
-            tensors |= stored.tensors(p.names[to])
-        else:
-            read = partial(read_parameter, checkpoint, p, to, dtype)
-            tensors[p.names[to]] = Lazy(p.shape, dtype, read)
-    return tensors
-
-
-def shards(tensors, to, limit):
-    """The tensors of each file. A file has at most `limit` bytes of tensors, or one larger tensor.
-
-    The Mistral layout has only one file.
-    """
-    groups, free = [{}], math.inf if to == MISTRAL else limit
-    for name, tensor in tensors.items():
-        if tensor.nbytes > free and groups[-1]:
-            groups.append({})
-            free = limit
-        groups[-1][name] = tensor
-        free -= tensor.nbytes
-    if len(groups) == 1:
-        return {"consolidated.safetensors" if to == MISTRAL else "model.safetensors": groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": group
-            for n, group in enumerate(groups, 1)}
-
-
-def total_size(files):
-    """The bytes of all tensors in the files that `shards` has planned."""
-    return sum(tensor.nbytes for group in files.values() for tensor in group.values())
-
-
-def write_weights(part, files):
-    """Write all files with weights, and an index if there are several."""
-    progress = Progress(total_size(files))
-    for file, group in files.items():
-        write_safetensors(part / file, {n: progress.watch(tensor) for n, tensor in group.items()})
-    if len(files) > 1:
-        write_json(part / "model.safetensors.index.json", {
-            "metadata": {"total_size": total_size(files)},
-            "weight_map": {name: file for file, group in files.items() for name in group}})
-
-
-# ------------------------------------------------------------------ 4-bit weights
-
-GROUP_SIZES = (32, 64, 128, 256)  # those that other programs have fast kernels for
-# The values of c in the equation of `quantise`. On the embedded model in groups of 32 they leave a
-# relative error of the weights of 8.8 %; c = 7.5 alone leaves 9.6 %, and steps of 0.5 leave 8.9 %.
-DIVISORS = [n / 4 for n in range(27, 37)]
-BLOCK = 2**17  # weights quantised at a time, so that they stay in the CPU's cache
-
-
-def int4_scheme(G):
-    """The quantization_config with which transformers and vLLM read 4-bit experts."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-               "group_size": G}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
-
-
-def check_group_size(place, config, scheme, G):
-    """Raises ValueError unless experts of these widths can be stored in groups of G."""
-    if scheme is not None:
-        raise ValueError(f"{place}: has 4-bit weights already; leave out --dtype to keep them, or "
-                         "convert the original weights")
-    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths.values())]
-    if odd := [f"{name} {width}" for name, width in widths.items() if width % G]:
-        raise ValueError(f"{place}: groups of {G} do not divide {' and '.join(odd)}; "
-                         f"--group-size can be {' or '.join(map(str, fitting)) or 'nothing'} here")
-
-
-def quantise(weight, G, dtype, divisors=DIVISORS):
-    """Round every group of G weights of a row to multiples q·s of a scale s, with −8 ≤ q ≤ 7.
-
-    weight (M, D) -> (M, D), (M, D/G)
-
-        s = max|w| / c, rounded to dtype        q = clamp(round(w / s), −8, 7)
-
-    Each group takes the c with the least squared error Σ(w − q·s)². A larger c clips the largest
-    weights and rounds all others more finely. The second result holds the scales.
-    """
-    groups = weight.unflatten(1, (-1, G))  # (M, D/G, G)
-    largest = groups.abs().amax(dim=-1, keepdim=True)
-    best = least = None
-    for divisor in divisors:
-        scale = (largest / divisor).to(dtype).to(weight.dtype)
-        scale.masked_fill_(scale == 0, 1)  # a group of zeros
-        q = (groups / scale).round_().clamp_(-8, 7)
-        error = (groups - q * scale).square_().sum(dim=-1, keepdim=True)
-        best, least = (scale, error) if best is None else (
-            torch.where(error < least, scale, best), torch.minimum(error, least))
-    q = (groups / best).round_().clamp_(-8, 7)
-    return q.flatten(1), best[:, :, 0].to(dtype)
-
-
-def pack(q):
-    """Store eight neighbouring integers in −8 … 7 in each 32-bit word; `unpack` reads them.
-
-    (M, D) -> (M, D/8)
-
-    >>> f"{pack(torch.arange(-8, 0)[None]).item():x}"
-    '76543210'
-    """
-    u = (q + 8).to(torch.int32).unflatten(1, (-1, 8))
-    words = u[:, :, 7]
-    for n in range(6, -1, -1):
-        words = words << 4 | u[:, :, n]
-    return words
-
-
-def quantised_blocks(checkpoint, parameter):
-    """Yield some rows of an expert's matrix, their integers q and their scales, until the last."""
-    name, D = parameter.names[checkpoint.layout], parameter.shape[1]
-    wide = torch.promote_types(checkpoint.stored[name].dtype, torch.float32)
-    for piece in read_parameter(checkpoint, parameter, HUGGINGFACE, wide):
-        for weight in piece.split(max(1, BLOCK // D)):
-            q, scale = quantise(weight, checkpoint.group_size, checkpoint.dtype)
-            if not scale.isfinite().all():
-                raise ValueError(f"{name}: holds NaN or numbers too large for 4 bits with scales "
-                                 f"of {checkpoint.dtype}")
-            yield weight, q, scale
-
-
-def quantised(checkpoint, parameter, errors):
-    """The three tensors of an expert's matrix in 4 bits.
-
-    The scales are found with the words, and wait in memory until they are written after them. Then
-    `errors` has Σ(w − q·s)² and Σw² of each layer.
-    """
-    name, (M, D), scales = parameter.names[HUGGINGFACE], parameter.shape, []
-
-    def words():
-        sums = errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
-        for weight, q, scale in quantised_blocks(checkpoint, parameter):
-            yield pack(q)
-            scales.append(scale)
-            q = q.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]
-            sums[0] += (weight - q.flatten(1)).square().sum().item()
-            sums[1] += weight.square().sum().item()
-
-    return {f"{name}_packed": Lazy((M, D // 8), torch.int32, words),
-            f"{name}_scale": Lazy((M, D // checkpoint.group_size), checkpoint.dtype,
-                                  lambda: [scales.pop(0) for _ in range(len(scales))]),
-            f"{name}_shape": shape_tensor((M, D))}
-
-
-def report_errors(errors):
-    """Print ‖W − Ŵ‖ / ‖W‖ for the 4-bit weights Ŵ of each layer."""
-    for layer, (error, size) in errors.items():
-        report(f"layer {layer}: relative error of the 4-bit weights "
-               f"{100 * math.sqrt(error / (size or 1)):.2f} %")
-
-
-# ------------------------------------------------------------------ configuration and tokenizer
-
-EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "chat_template.jinja", "generation_config.json")
-
-
-def write_small_files(source, part, checkpoint, to):
-    """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer."""
-    models = list(source.glob("tokenizer.model")) or list(source.glob("tokenizer.model.v*"))
-    if len(models) == 1:  # newer releases of 8x22B call it tokenizer.model.v3
-        shutil.copyfile(models[0], part / "tokenizer.model")
-    else:
-        report(f"{source} has no tokenizer.model; copy the one of this model to the output")
-    if to == MISTRAL:
-        write_json(part / "params.json", params_from_config(checkpoint.config))
-        return
-    for name in EXTRAS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, part / name)
-    write_config(part, checkpoint)
-    if len(models) == 1 and not (part / "tokenizer.json").exists():
-        write_tokenizer(models[0], part, checkpoint.config)
-
-
-def write_config(part, checkpoint):
-    """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
-    config, scheme = checkpoint.config, checkpoint.scheme
-    write_json(part / "config.json", {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
-        **dataclasses.asdict(config), "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
-        **({"quantization_config": scheme} if scheme else {})})
-    if not (part / "generation_config.json").exists():
-        write_json(part / "generation_config.json", {
-            "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
-
-
-def write_tokenizer(model, part, config):
-    """Write the files that transformers reads instead of a tokenizer.model.
-
-    Raises ValueError if the tokenizer.model cannot belong to this model.
-    """
-    t = Tokenizer(model)
-    if t.vocab_size > config.vocab_size:
-        raise ValueError(f"{model}: has {t.vocab_size} pieces, but the model's vocabulary has only "
-                         f"{config.vocab_size}; they do not belong together")
-    write_json(part / "tokenizer.json", fast_tokenizer(t))
-    if not (part / "tokenizer_config.json").exists():
-        ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
-        write_json(part / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: t.pieces[i] for name, i in ids.items()}})
-
-
-def fast_tokenizer(t):
-    """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
-    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": t.pieces[i], "special": True} | plain
-                         for i in sorted({t.unk_id, *t.control})],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "post_processor": bos_template(t),
-        "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
-        "model": {"type": "BPE", "unk_token": t.pieces[t.unk_id], "fuse_unk": True,
-                  "byte_fallback": True, "merges": merges(t),
-                  "vocab": {piece: i for i, piece in enumerate(t.pieces)}}}
-
-
-def bos_template(t):
-    """The post-processor that puts BOS in front of a text or of a pair of texts."""
-    bos = t.pieces[t.bos_id]
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
-    return {"type": "TemplateProcessing",
-            "single": [start, first], "pair": [start, first, second],
-            "special_tokens": {bos: {"id": bos, "ids": [t.bos_id], "tokens": [bos]}}}
-
-
-def merges(t):
-    """The merges of a BPE, best first: every split of a piece into two other pieces.
-
-    A merge ranks as its result does, by score. Equal scores rank by id; only runs of spaces have
-    them, and the shorter run comes first.
-    """
-    ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
-    return [f"{piece[:n]} {piece[n:]}" for piece in ranked for n in range(1, len(piece))
-            if piece[:n] in t.scores and piece[n:] in t.scores]
-
-
-# ------------------------------------------------------------------ the program
-
-
-def report(text, end="\n"):
+def report(text):
     """Print a line at once. If nobody reads it (a broken pipe), later lines go nowhere."""
     try:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # none fails again at exit
         if not isinstance(error, BrokenPipeError):
@@ -1034,31 +1013,21 @@ def human_size(count):
 
 
 class Progress:
-    """Bytes, rate and remaining time: one line that is rewritten on a terminal, or some lines."""
+    """Prints bytes, rate and remaining time every ten seconds and at the end."""
 
     def __init__(self, total):
-        self.total, self.done, self.start = total, 0, time.monotonic()
-        self.shown, self.terminal = self.start, sys.stdout.isatty()
-
-    def watch(self, tensor):
-        """The same lazy tensor, whose pieces are counted when they have been written."""
-        def pieces():
-            for piece in tensor.pieces():
-                yield piece
-                self.add(piece.nbytes)
-        return tensor._replace(pieces=pieces)
+        self.total, self.done = total, 0
+        self.start = self.shown = time.monotonic()
 
     def add(self, count):
         self.done += count
-        now, last = time.monotonic(), self.done == self.total
-        if not last and now - self.shown < (0.1 if self.terminal else 30):
+        now = time.monotonic()
+        if self.done < self.total and now - self.shown < 10:
             return
         self.shown, rate = now, self.done / max(now - self.start, 1e-9)
         left = (self.total - self.done) / rate
-        line = (f"{human_size(self.done)} of {human_size(self.total)}, {human_size(rate)}/s, "
-                f"{left // 60:.0f} min {left % 60:02.0f} s left").ljust(58)
-        rewritten = self.terminal and not last
-        report("\r" * self.terminal + line, end="" if rewritten else "\n")
+        report(f"{human_size(self.done)} of {human_size(self.total)}, {human_size(rate)}/s, "
+               f"{left // 60:.0f} min {left % 60:02.0f} s left")
 
 
 def announce(source, out, checkpoint, files):
@@ -1074,53 +1043,6 @@ def announce(source, out, checkpoint, files):
     if checkpoint.group_size and any(
             tensor.dtype != checkpoint.dtype for tensor in checkpoint.stored.values()):
         report(f"weights outside the experts are rounded to {checkpoint.dtype}")
-
-
-def check_space(out, size):
-    """Raises ValueError if so many bytes do not fit on the disk."""
-    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
-    if size > free:
-        raise ValueError(f"{out}: needs {human_size(size)}, the disk has {human_size(free)} free")
-
-
-def check_places(source, out, overwrite):
-    """Raises ValueError unless the output can be written without harm to any other files."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
-    if any(place in (source, *source.parents) for place in (out, *temporary_places(out))):
-        raise ValueError(f"{out}: the output may neither be nor contain the input {source}")
-    check_output(out, directory=True)
-    content = list(out.iterdir()) if out.exists() else []
-    if content and not overwrite:
-        raise ValueError(f"{out}: is not empty; choose another directory or add --overwrite")
-    checkpoint = any(path.name in ("config.json", "params.json") for path in content)
-    if content and not checkpoint or any(path.is_dir() for path in content):
-        raise ValueError(f"{out}: --overwrite replaces only a directory that holds a checkpoint "
-                         "and no other directory")
-
-
-def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False,
-            group_size=None):
-    """Convert the checkpoint in the directory `source` to the layout `to` in the directory `out`.
-
-    `limit` is the size of a file in bytes. With a group_size the experts are stored in 4 bits.
-    Raises ValueError or OSError and then writes nothing.
-    """
-    source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
-    check_places(source, out, overwrite)
-    checkpoint = open_checkpoint(source, dtype, group_size)
-    if checkpoint.scheme and to == MISTRAL:
-        raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
-    files = shards(output_tensors(checkpoint, to, errors), to, limit)
-    announce(source, out, checkpoint, files)
-    check_space(out, total_size(files))
-    with complete_or_absent(out, directory=True) as part:
-        write_small_files(source, part, checkpoint, to)  # first, since it may refuse
-        write_weights(part, files)
-    if group_size:
-        report_errors(errors)
-        before = sum(tensor.nbytes for tensor in checkpoint.stored.values())
-        report(f"{human_size(before)} of weights before, {human_size(total_size(files))} after")
 
 
 def size_in_bytes(text):
@@ -1165,9 +1087,8 @@ def arguments(argv):
 
 def run(args):
     to = MISTRAL if args.to == "mistral" else HUGGINGFACE
-    int4 = args.dtype == "int4"
-    dtype = getattr(torch, args.dtype) if args.dtype and not int4 else None
-    group_size = (args.group_size or 128) if int4 else None
+    group_size = (args.group_size or 128) if args.dtype == "int4" else None
+    dtype = getattr(torch, args.dtype) if args.dtype and not group_size else None
     convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.overwrite,
             group_size)
     out = str(args.output_dir)
@@ -1185,12 +1106,9 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        message = reason(error)
-    except ValueError as error:
-        message = " ".join(str(error).splitlines())
-    print(f"convert.py: {message}", file=sys.stderr)
-    return 1
+    except (OSError, ValueError) as error:
+        print("convert.py:", " ".join(reason(error).splitlines()), file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       weights that share a scale (Int4Linear)   -                             -
+    G       weights of a row that share one scale     -                             -
 
 Precision: linear layers, attention, activations and residual sums take and give the dtype of the
 weights. RMSNorm, rotation, the router's softmax and the weighted sum over experts compute in at

@@ -1,7 +1,13 @@
-"""Small random models that several test files use."""
+"""Small random models that several test files use, and programs that run beside the tests."""
 
 import dataclasses
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+# The tensors of the tests are small. More threads would mostly wait for each other, on a busy
+# machine for very long. The programs that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -37,3 +43,35 @@ def save(model, directory, **changes):
 def checkpoint(tmp_path):
     """The directory of a saved `random_model()`."""
     return save(random_model(), tmp_path / "model")
+
+
+# ------------------------------------------------------------------ beside the tests
+
+
+WORKER, BESIDE = ThreadPoolExecutor(1), {}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside(run): start the function before all tests")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Start the functions of the marks `beside` in a thread, one after another.
+
+    They only wait for programs that they start. So these run while the tests do, on another core.
+    """
+    for item in () if session.config.option.collectonly else session.items:
+        for mark in item.iter_markers("beside"):
+            if mark.kwargs["run"] not in BESIDE:
+                BESIDE[mark.kwargs["run"]] = WORKER.submit(mark.kwargs["run"])
+
+
+def pytest_sessionfinish():
+    WORKER.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def beside(request):
+    """What the function of the test's mark `beside` has returned."""
+    return BESIDE[request.node.get_closest_marker("beside").kwargs["run"]].result()

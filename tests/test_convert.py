@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import copy
+import ctypes
 import doctest
+import gc
 import json
 import math
 import os
@@ -64,13 +66,13 @@ def out(tmp_path):
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
-@pytest.mark.parametrize("read_size, changes", [(convert.READ_SIZE, {}), (400, {
+@pytest.mark.parametrize("block, changes", [(convert.BLOCK, {}), (100, {
     "sliding_window": None, "rope_theta": 1e6, "num_local_experts": 5, "num_experts_per_tok": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10, "vocab_size": 41})],
     ids=["one piece", "many pieces"])
 def test_every_layout_gives_the_same_float64_logits(
-        write, read_size, changes, tmp_path, out, monkeypatch):
-    monkeypatch.setattr(convert, "READ_SIZE", read_size)
+        write, block, changes, tmp_path, out, monkeypatch):
+    monkeypatch.setattr(convert, "BLOCK", block)
     model = random_model(**changes)
     assert run(write(model, tmp_path / "raw"), out, "--max-shard-size", "9KB") == 0
     converted = Mixtral.from_pretrained(out)
@@ -125,13 +127,10 @@ def anonymous_memory():
     return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc of Linux")
-@pytest.mark.parametrize("write", [layouts.mistral_pickle, layouts.mistral_fused])
-def test_memory_holds_one_tensor_and_not_the_checkpoint(write, tmp_path, out):
-    """The peak above the level at the start. The checkpoint has 126 MB, its largest tensor 8 MB."""
-    model = random_model(dtype=torch.float32, hidden_size=256, intermediate_size=1024,
-                         num_hidden_layers=5, vocab_size=1000)
-    source = write(model, tmp_path / "raw")
+def growth(function):
+    """The peak of the anonymous memory while a function runs, in kB above the level before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before could hide the growth
     start, peak, stop = anonymous_memory(), 0, threading.Event()
 
     def sample():
@@ -142,11 +141,25 @@ def test_memory_holds_one_tensor_and_not_the_checkpoint(write, tmp_path, out):
     watcher = threading.Thread(target=sample)
     watcher.start()
     try:
-        assert run(source, out, "--max-shard-size", "30MB") == 0
+        function()
     finally:
         stop.set()
         watcher.join()
-    assert 0 < peak - start < 40_000, peak - start
+    return peak - start
+
+
+def large_model():
+    """A model of 126 MB, whose largest tensor takes 1 MB, or 8 MB in the fused layout."""
+    return random_model(dtype=torch.float32, hidden_size=256, intermediate_size=1024,
+                        num_hidden_layers=5, vocab_size=1000)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
+@pytest.mark.parametrize("write", [layouts.mistral_pickle, layouts.mistral_fused])
+def test_memory_holds_one_tensor_and_not_the_checkpoint(write, tmp_path, out):
+    source, codes = write(large_model(), tmp_path / "raw"), []
+    grown = growth(lambda: codes.append(run(source, out, "--max-shard-size", "30MB")))
+    assert codes == [0] and 0 < grown < 20_000, grown
 
 
 @settings(deadline=None)
@@ -344,8 +357,7 @@ def test_what_is_written_is_what_the_library_reads_aligned(tmp_path_factory, spe
         tensors[f"tensor {n}"] = torch.tensor(numbers, dtype=dtype).view(shape)
 
     def maybe_lazy(tensor, lazy):
-        flat = tensor.flatten()
-        pieces = lambda: (flat[n:n + 2] for n in range(0, len(flat), 2))  # noqa: E731
+        pieces = lambda: tensor.flatten().split(2)  # noqa: E731
         return Lazy(tuple(tensor.shape), tensor.dtype, pieces) if lazy else tensor
 
     given_tensors = {name: maybe_lazy(tensor, lazy) for (name, tensor), (*_, lazy)
@@ -378,24 +390,17 @@ def test_the_order_of_tensors_is_kept_where_alignment_allows_it(tmp_path):
 
 @pytest.mark.parametrize("tensor, words", [
     (torch.ones(2, 3).T, "x: is not contiguous"),
-    (torch.ones(2, device="meta"), "x: is on the device meta"),
+    (torch.ones(2, device="meta"), "x: is not contiguous torch.float32 in CPU memory"),
     (torch.ones(2, dtype=torch.complex64), "x: cannot write torch.complex64"),
-    (torch.ones(2, 2).to_sparse(), "x: is not contiguous"),
     (Lazy((2, 2), torch.float32, lambda: [torch.ones(2)]), "x: wanted 16 bytes, got 8"),
     (Lazy((2,), torch.float32, lambda: [torch.ones(2)] * 2), "x: wanted 8 bytes, got 16"),
-    (Lazy((2,), torch.float32, lambda: [torch.ones(2).int()]), "x: wanted torch.float32, got"),
+    (Lazy((2,), torch.float32, lambda: [torch.ones(2).int()]), "x: is not contiguous torch"),
     (Lazy((2, 3), torch.float32, lambda: [torch.ones(3, 2).T]), "x: is not contiguous"),
-    (Lazy((2,), torch.complex64, lambda: []), "x: cannot write torch.complex64")],
+    (Lazy((2,), torch.complex64, None), "x: cannot write torch.complex64")],
     ids=lambda value: value if isinstance(value, str) else "")
 def test_a_tensor_that_would_be_written_wrongly_is_refused_by_name(tensor, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):
         write_safetensors(tmp_path / "file", {"before": torch.ones(1), "x": tensor})
-    assert not contents(tmp_path)
-
-
-def test_metadata_that_is_not_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="metadata version: wanted a str, got 1"):
-        write_safetensors(tmp_path / "file", {}, {"format": "pt", "version": 1})
     assert not contents(tmp_path)
 
 
@@ -556,17 +561,15 @@ def test_the_directory_in_the_last_line_is_quoted(name, quoted, tmp_path, monkey
     assert "to Mistral's own code" in capsys.readouterr().out
 
 
-def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 40))
+def test_progress_is_a_line_every_ten_seconds_and_at_the_end(monkeypatch, capsys):
+    clock = iter([0, 3, 9, 40, 43, 44])
     monkeypatch.setattr(convert.time, "monotonic", lambda: next(clock))
-    for terminal in (True, False):
-        monkeypatch.setattr(sys.stdout, "isatty", lambda t=terminal: t, raising=False)
-        progress = convert.Progress(3000)
-        for _ in range(3):
-            progress.add(1000)
-        printed = capsys.readouterr().out
-        assert (printed.count("\r"), printed.count("\n")) == ((3, 1) if terminal else (0, 3))
-        assert "1.0 KB of 3.0 KB, 25 B/s, 1 min 20 s left" in printed
+    progress = convert.Progress(5000)
+    for _ in range(5):
+        progress.add(1000)
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == "3.0 KB of 5.0 KB, 75 B/s, 0 min 27 s left"
+    assert last == "5.0 KB of 5.0 KB, 114 B/s, 0 min 00 s left"
 
 
 def test_progress_reaches_the_total_that_was_announced(tmp_path, out, capsys):
@@ -781,10 +784,10 @@ def broken_tokenizer(source):
     (truncated_part, ["consolidated.00.pth-split0: incomplete or damaged"]),
     (missing_parts, ["missing consolidated.00.pth-split0; missing consolidated.00.pth-split3"]),
     (code_in_pickle, ["consolidated.00.pth: refused", "posix.system"]),
-    (code_in_old_pickle, ["consolidated.00.pth: not a zip archive"]),
-    (compressed, ["consolidated.00.pth: compressed"]),
+    (code_in_old_pickle, ["consolidated.00.pth: incomplete or damaged", "not a zip file"]),
+    (compressed, ["consolidated.00.pth: tok_embeddings.weight is not where torch.save puts"]),
     (big_endian, ["consolidated.00.pth: big-endian"]),
-    (index_outside, ["names ../elsewhere.bin, a file outside its directory", "/etc/passwd"]),
+    (index_outside, ["raw: missing elsewhere.bin; missing passwd"]),
     (index_absent, ["missing model-1.safetensors; missing model-2.safetensors"]),
     (empty_index, ["weight_map"]),
     (no_weights, ["no weights here"]),
@@ -841,7 +844,12 @@ def test_no_damaged_length_in_a_zip_archive_moves_the_weights(
         damaged = bytearray(whole)
         damaged[entry.header_offset + field] ^= 4
         path.write_bytes(damaged)
-        refused("incomplete or damaged", capsys, source, out)
+        if run(source, out, "--overwrite"):
+            assert "damaged" in capsys.readouterr().err
+        else:
+            assert all(torch.equal(weight, model.state_dict()[name])
+                       for name, weight in loaded(out).items()), entry.filename
+            assert not older or "/data/" not in entry.filename
 
 
 def test_places_where_writing_would_do_harm_are_refused(tmp_path, out, capsys):

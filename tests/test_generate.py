@@ -1112,21 +1112,31 @@ def test_ctrl_c_ends_a_running_process_with_the_text_so_far():
     assert (out + rest).endswith(b"\n") and told.count(b"\n") == 1 and b"written" in told
 
 
-def test_a_reader_that_goes_away_is_no_error():
-    process = start("--prompt", "Once", "--max-new-tokens", "1000000", "--temperature", "1")
-    os.read(process.stdout.fileno(), 1)
-    process.stdout.close()
-    assert (process.wait(timeout=600), process.stderr.read()) == (0, b"")
-    process.stderr.close()
+def run_with_a_reader_that_goes_away():
+    """The exit code and standard error."""
+    with start("--prompt", "Once", "--max-new-tokens", "1000000", "--temperature", "1") as process:
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        return process.wait(timeout=600), process.stderr.read()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has this device")
-def test_a_full_disk_ends_in_one_line():
+@pytest.mark.beside(run=run_with_a_reader_that_goes_away)
+def test_a_reader_that_goes_away_is_no_error(beside):
+    assert beside == (0, b"")
+
+
+def run_on_a_full_disk():
+    """The exit code and standard error."""
     with open("/dev/full", "w") as full:
         process = start("--prompt", "a", "--max-new-tokens", "1", stdout=full)
     _, told = process.communicate(timeout=600)
-    assert process.returncode == 1
-    assert told == b"generate.py: standard output: No space left on device\n"
+    return process.returncode, told
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has this device")
+@pytest.mark.beside(run=run_on_a_full_disk)
+def test_a_full_disk_ends_in_one_line(beside):
+    assert beside == (1, b"generate.py: standard output: No space left on device\n")
 
 
 def test_ctrl_c_in_a_conversation_on_a_terminal_ends_the_answer_only():

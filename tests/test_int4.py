@@ -8,7 +8,7 @@ import json
 import random
 import re
 import shutil
-import threading
+import sys
 from pathlib import Path
 
 import layouts
@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import LAYOUTS, interleaved
 from test_convert import (
-    anonymous_memory,
     contents,
     damage_json,
     damage_safetensors,
+    growth,
+    large_model,
     loaded,
     refused,
     run,
@@ -298,7 +299,6 @@ def test_weights_that_have_no_scale_are_refused(number, dtype, tmp_path, out, ca
 
 def test_a_block_is_quantised_at_a_time_and_scales_are_released_when_they_are_written(
         tmp_path, monkeypatch):
-    """In the fused layout w2 is read as one piece, because it is transposed."""
     monkeypatch.setattr(convert, "BLOCK", 256)
     checkpoint = convert.open_checkpoint(
         layouts.mistral_fused(small_model(), tmp_path / "raw"), group_size=32)
@@ -307,30 +307,15 @@ def test_a_block_is_quantised_at_a_time_and_scales_are_released_when_they_are_wr
         packed, scale = (tensors[W1.replace("w1", w) + end] for end in ("_packed", "_scale"))
         assert {words.numel() * 8 for words in packed.pieces()} == {256 if w == "w1" else 192}
         assert sum(len(part) for part in scale.pieces()) == scale.shape[0]
-        assert not list(scale.pieces())
+        with pytest.raises((RuntimeError, ValueError)):
+            list(scale.pieces())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc of Linux")
 def test_memory_holds_one_matrix_and_not_the_checkpoint(tmp_path, out):
-    """The peak above the level at the start. The checkpoint has 126 MB, a matrix 1 MB."""
-    model = random_model(dtype=torch.float32, hidden_size=256, intermediate_size=1024,
-                         num_hidden_layers=5, vocab_size=1000)
-    source = layouts.mistral_fused(model, tmp_path / "raw")
-    start, peak, stop = anonymous_memory(), 0, threading.Event()
-
-    def sample():
-        nonlocal peak
-        while not stop.wait(0.001):
-            peak = max(peak, anonymous_memory())
-
-    watcher = threading.Thread(target=sample)
-    watcher.start()
-    try:
-        assert run(source, out, "--dtype", "int4") == 0
-    finally:
-        stop.set()
-        watcher.join()
-    assert 0 < peak - start < 40_000, peak - start
+    source, codes = layouts.mistral_fused(large_model(), tmp_path / "raw"), []
+    grown = growth(lambda: codes.append(run(source, out, "--dtype", "int4")))
+    assert codes == [0] and 0 < grown < 20_000, grown
 
 
 # ------------------------------------------------------------------ converting 4-bit checkpoints
@@ -572,8 +557,9 @@ def test_another_group_size_and_4_bits_that_are_not_announced_are_refused(
         changed_config(source, field, value)
         with pytest.raises(ValueError, match="experts"):
             Mixtral.from_pretrained(source)
-        refused(W1, capsys, source, out)
-        refused(W1, capsys, source, out, "--dtype", "float32")
+        refused("layers.0.block_sparse_moe.experts.0.w1.weight", capsys, source, out)
+        refused("layers.0.block_sparse_moe.experts.0.w1.weight", capsys, source, out, "--dtype",
+                "float32")
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 200_000])
@@ -612,7 +598,6 @@ def test_a_damaged_4_bit_checkpoint_is_read_or_refused_in_one_line(tmp_path, cap
 
 
 def test_the_reference_says_nothing_about_4_bits_before_its_last_section():
-    """The key of letters may name G and say where it is used."""
     text = Path(convert.__file__).with_name("mixtral.py").read_text()
     before = text[:text.index("def read_json")]
     assert not re.findall(r"int4|4[- ]bit|four[- ]bit|quanti[sz]|packed", before, re.IGNORECASE)

@@ -741,6 +741,7 @@ def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
     ({"num_key_value_heads": 5}, "num_key_value_heads must be a divisor.* 32, got 5"),
     ({"head_dim": 7}, "head_dim must be even, got 7"),
     ({"num_attention_heads": 24}, "hidden_size must be an even multiple of num_attention_heads 24"),
+    ({"num_attention_heads": 4096, "num_key_value_heads": 8}, "hidden_size must be an even"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok must be <= num_local_experts 8, got 9"),
     ({"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer in 1 … 1048576, got 0"),
     ({"num_local_experts": 2**70}, f"num_local_experts must be an integer in .*, got {2**70}"),

@@ -6,6 +6,7 @@ them when one fails. Three tests use torchrun itself.
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -493,27 +495,33 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
+@contextlib.contextmanager
 def torchrun(*args):
-    return subprocess.Popen([*TORCHRUN, *args], cwd=ROOT, text=True, env=ENVIRONMENT,
-                            pipesize=4096, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-@pytest.fixture(scope="module")
-def torchruns(models):
-    """Two commands that start at the same time, because each takes seconds to import PyTorch."""
-    processes = (
-        torchrun("generate.py", "--prompt", "Once upon a time", "--max-new-tokens", "16"),
-        torchrun("generate.py", "--model", str(models / "no window"), *LONG))
-    yield processes
-    for process in processes:
+    process = subprocess.Popen([*TORCHRUN, *args], cwd=ROOT, text=True, env=ENVIRONMENT,
+                               pipesize=4096, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
         process.terminate()  # torchrun ends its ranks then
         process.communicate()
 
 
-def test_torchrun_prints_what_one_process_prints_and_one_summary_line(torchruns, alone):
-    out, told = torchruns[0].communicate(timeout=300)
-    assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "16")
-    assert torchruns[0].returncode == 0
+def run_torchrun(*args):
+    """The exit code, standard output and standard error of a command on two ranks."""
+    with torchrun(*args) as process:
+        out, told = process.communicate(timeout=300)
+        return process.returncode, out, told
+
+
+SHORT = ["--prompt", "Once upon a time", "--max-new-tokens", "16"]
+SHORT_RUN = partial(run_torchrun, "generate.py", *SHORT)
+
+
+@pytest.mark.beside(run=SHORT_RUN)
+def test_torchrun_prints_what_one_process_prints_and_one_summary_line(beside, alone):
+    code, out, told = beside
+    assert out == alone(*SHORT)
+    assert code == 0
     assert re.fullmatch(r"\[5 tokens read, .*; 16 written, .*\]\n", told)
 
 
@@ -527,14 +535,14 @@ def children(pid):
     return found
 
 
-def test_torchrun_ends_when_one_of_its_processes_is_killed(torchruns):
-    process = torchruns[1]
-    assert process.stdout.read(16) == "Once upon a time"
-    ranks = children(process.pid)
-    assert len(ranks) == 2
-    start = time.monotonic()
-    os.kill(ranks[1], signal.SIGKILL)
-    _, told = process.communicate(timeout=300)
+def test_torchrun_ends_when_one_of_its_processes_is_killed(models):
+    with torchrun("generate.py", "--model", str(models / "no window"), *LONG) as process:
+        assert process.stdout.read(16) == "Once upon a time"
+        ranks = children(process.pid)
+        assert len(ranks) == 2
+        start = time.monotonic()
+        os.kill(ranks[1], signal.SIGKILL)
+        _, told = process.communicate(timeout=300)
     assert process.returncode != 0 and time.monotonic() - start < LIMIT
     assert "SIGKILL" in told and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
@@ -545,9 +553,8 @@ def test_the_recipe_of_the_readme_prints_the_same_text_with_transformers(alone, 
     [script] = re.findall("^```python\n([^`]*tp_plan[^`]*)^```", text, re.MULTILINE)
     shutil.copy(ROOT / "tokenizer.py", tmp_path)
     (tmp_path / "serve.py").write_text(script)
-    process = torchrun(tmp_path / "serve.py", TINY, "Once upon a time")
-    out, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
+    code, out, told = run_torchrun(tmp_path / "serve.py", TINY, "Once upon a time")
+    assert code == 0, told
     assert out == alone("--prompt", "Once upon a time", "--max-new-tokens", "20", "--dtype",
                         "bfloat16")
 
@@ -581,6 +588,7 @@ def start(tmp_path_factory):
 
 def serve():
     """Read one request per line and answer it by one line; see `start` and `launch`."""
+    gc.freeze()  # what is imported is then never collected, so that ranks copy less of it
     while request := sys.stdin.readline():
         ranks, folder, options = json.loads(request)
         answer, told = os.pipe()

@@ -5,6 +5,9 @@ import importlib
 import re
 import subprocess
 import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 
 import mutants
 import pytest
@@ -17,23 +20,22 @@ CLAIMS = re.findall(r"^\| [^|]+ \| (`test_.*) \| [^|]+ \|$", TEXTS["tests/README
 ANSWERS = mutants.answers()
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """One copy of the repository for each document."""
-    found = {}
-
-    def place(name):
-        if name not in found:
-            found[name] = readme.workplace(tmp_path_factory.mktemp("readme"))
-        return found[name]
-
-    return place
+def run_document(name):
+    """Run the examples of a document in a copy of the repository. Returns the results by line."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = readme.workplace(Path(directory))
+        return {example.line: readme.run(place, example.command)
+                for document, example in EXAMPLES if document == name}
 
 
-@pytest.mark.parametrize("name, example", EXAMPLES,
-                         ids=[f"{name}:{example.line}" for name, example in EXAMPLES])
-def test_an_example_prints_what_the_document_shows(places, name, example):
-    result = readme.run(places(name), example.command)
+RUNS = {name: partial(run_document, name) for name in TEXTS}
+
+
+@pytest.mark.parametrize("example", [
+    pytest.param(example, marks=pytest.mark.beside(run=RUNS[name]), id=f"{name}:{example.line}")
+    for name, example in EXAMPLES])
+def test_an_example_prints_what_the_document_shows(beside, example):
+    result = beside[example.line]
     assert readme.holds(example, result), (example.command, example.shown, result)
 
 
@@ -84,12 +86,18 @@ def test_every_exercise_of_the_readme_has_an_answer_that_fits():
     assert len(ANSWERS) == 6 and list(mutants.misfits(ANSWERS)) == []
 
 
-def test_the_change_of_an_exercise_fails_the_test_in_the_answer():
-    done = subprocess.run([sys.executable, "tests/tools/mutants.py", "--answers"], cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)
-    assert f"{len(ANSWERS)} of {len(ANSWERS)} mutants killed" in done.stdout, done.stdout
+def run_answers():
+    """What `mutants.py --answers` prints."""
+    return subprocess.run([sys.executable, "tests/tools/mutants.py", "--answers"], cwd=ROOT,
+                          env=readme.ENVIRONMENT, capture_output=True, text=True,
+                          timeout=300).stdout
+
+
+@pytest.mark.beside(run=run_answers)
+def test_the_change_of_an_exercise_fails_the_test_in_the_answer(beside):
+    assert f"{len(ANSWERS)} of {len(ANSWERS)} mutants killed" in beside, beside
     for answer in ANSWERS:
-        assert re.search(rf"{answer.change} .*::{answer.test}\b", done.stdout)
+        assert re.search(rf"{answer.change} .*::{answer.test}\b", beside)
 
 
 # ------------------------------------------------------------------ the tool

@@ -119,10 +119,13 @@ def workplace(directory):
     return directory
 
 
+ENVIRONMENT = dict(os.environ)  # a test may change it while an example of a document runs
+
+
 def execute(place, command):
-    path = f"{place / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    path = f"{place / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}"
     done = subprocess.run(command, shell=True, cwd=place, capture_output=True, encoding="utf-8",
-                          timeout=300, env={**os.environ, "PATH": path, "NO_COLOR": "1"})
+                          timeout=300, env={**ENVIRONMENT, "PATH": path, "NO_COLOR": "1"})
     output = done.stdout + "\n" * (not done.stdout.endswith("\n") and done.stdout != "")
     return Result(output, done.stderr, done.returncode)
 

@@ -4,11 +4,14 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import benchmark
 import mutants
+import pytest
+from readme import ENVIRONMENT
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -54,16 +57,24 @@ print("exit", mutants.main(["--limit", "4"]))
 """
 
 
-def test_only_a_failing_test_kills_a_mutant(tmp_path):
-    for name, text in (("double.py", "def double(x):\n    return 2 * x\n"),
-                       ("tests/test_double.py", "from double import double\n\n"
-                        "def test_it():\n    assert double(3) == 6\n"),
-                       ("pyproject.toml", '[tool.pytest.ini_options]\npythonpath = ["."]\n'),
-                       ("tiny/config.json", "{}")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "-c", DRIVER, TOOLS, tmp_path], capture_output=True,
-                          text=True, timeout=120)
+def run_driver():
+    """Run DRIVER in a repository with one small program and its test."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, text in (("double.py", "def double(x):\n    return 2 * x\n"),
+                           ("tests/test_double.py", "from double import double\n\n"
+                            "def test_it():\n    assert double(3) == 6\n"),
+                           ("pyproject.toml", '[tool.pytest.ini_options]\npythonpath = ["."]\n'),
+                           ("tiny/config.json", "{}")):
+            path = Path(directory) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        return subprocess.run([sys.executable, "-c", DRIVER, TOOLS, directory], cwd=TOOLS,
+                              env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.beside(run=run_driver)
+def test_only_a_failing_test_kills_a_mutant(beside):
+    done = beside
     lines = {name: line for line in done.stdout.splitlines()
              for name in ("wrong", "unnoticed", "endless", "not collected", "explained")
              if f" {name} " in line}
@@ -79,19 +90,29 @@ def test_only_a_failing_test_kills_a_mutant(tmp_path):
 # ------------------------------------------------------------------ benchmark.py
 
 
-def test_every_part_of_the_benchmark_runs_and_measures_something(tmp_path):
-    llama = tmp_path / "llama-bench"
-    llama.write_text('#!/bin/sh\necho \'[{"avg_ts": 50.0}]\'\n')
-    llama.chmod(0o755)
-    stories = tmp_path / "stories.txt"
-    stories.write_text("Once upon a time, there was a cat.\n<|endoftext|>\nOne day, it ran.\n")
-    done = subprocess.run([
-        sys.executable, TOOLS / "benchmark.py", *benchmark.PARTS, "--quick", "--rounds", "1",
-        "--against", benchmark.ROOT, "--llama-bench", llama, "--gguf", tmp_path / "Q8_0.gguf",
-        "--json", tmp_path / "rows.json", "--svg", tmp_path / "chart.svg", "--text", stories],
-        capture_output=True, text=True, timeout=300)
+def run_benchmark():
+    """All parts of the benchmark: the process, and the texts of its JSON file and of its chart."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        llama = place / "llama-bench"
+        llama.write_text('#!/bin/sh\necho \'[{"avg_ts": 50.0}]\'\n')
+        llama.chmod(0o755)
+        stories = place / "stories.txt"
+        stories.write_text("Once upon a time, there was a cat.\n<|endoftext|>\nOne day, it ran.\n")
+        done = subprocess.run([
+            sys.executable, TOOLS / "benchmark.py", *benchmark.PARTS, "--quick", "--rounds", "1",
+            "--against", benchmark.ROOT, "--llama-bench", llama, "--gguf", place / "Q8_0.gguf",
+            "--json", place / "rows.json", "--svg", place / "chart.svg", "--text", stories],
+            cwd=TOOLS, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        return done, *((place / name).read_text() if (place / name).exists() else ""
+                       for name in ("rows.json", "chart.svg"))
+
+
+@pytest.mark.beside(run=run_benchmark)
+def test_every_part_of_the_benchmark_runs_and_measures_something(beside):
+    done, rows, svg = beside
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    rows = json.loads(rows)
     for row in rows:
         assert all(math.isfinite(value) and value > 0 for value in row["values"].values()), row
         assert row["what"] in done.stdout
@@ -106,7 +127,7 @@ def test_every_part_of_the_benchmark_runs_and_measures_something(tmp_path):
     quality = [values[what] for what in values if what.startswith("tiny in 4 bits")]
     assert len(quality) == 4 and all(0.95 < x["this"] / x["bfloat16"] < 1.05 for x in quality)
     assert len({x["this"] for x in quality}) == 4
-    chart = ElementTree.parse(tmp_path / "chart.svg").getroot()
+    chart = ElementTree.fromstring(svg)
     labels = " ".join(text.text for text in chart.iter("{http://www.w3.org/2000/svg}text"))
     assert "prefill 8, bfloat16" in labels and "llama.cpp Q8_0" in labels
 
