@@ -108,14 +108,23 @@ def other_thetas(p):
     return [f"{other:g}" for other in sorted(found - {theta})]
 
 
+def measured(p):
+    """A table of cosines and sines from one head of theirs, if it has float32 precision."""
+    x = unrotated(p)
+    if p.run.theirs is None or x.shape[2] == 1:
+        return []  # no other head could confirm it
+    mine, other = (torch.complex(*y.chunk(2, -1)) for y in (x, p.run.theirs.reshape(x.shape)))
+    head = mine.abs().argmax(2, keepdim=True)
+    table, angle = other.gather(2, head) / mine.gather(2, head), angles(p)
+    off = (table - torch.polar(torch.ones_like(angle), angle)).abs().nan_to_num()
+    near = off <= 4 * torch.finfo(torch.float32).eps * (1 + angle.abs())
+    return [(off.max().item(), table)] if near.all() else []
+
+
 def single(p, how):
     """Angles of which every step is rounded to float32."""
-    exponent = torch.arange(0, p.d, 2).float() / p.d
-    theta = torch.tensor(p.config["rope_theta"], dtype=torch.float32)
-    if how == "rounded frequencies":
-        frequency = (p.config["rope_theta"] ** -exponent.double()).float()
-    else:
-        frequency = 1 / theta ** exponent if how == "1/θ^x" else theta ** -exponent
+    theta, x = torch.tensor(p.config["rope_theta"]).float(), torch.arange(0, p.d, 2).float() / p.d
+    frequency = theta ** -x if how == "θ^−x" else 1 / theta ** x
     return (positions(p).float()[:, None, None] * frequency).double()
 
 
@@ -137,8 +146,18 @@ def added_values(p):
     if p.run.theirs is None:
         return []
     masked = p.plain().isneginf() & p.run.theirs.isfinite()
-    everything = scores(p, torch.ones(p.S, p.S, dtype=torch.bool))
+    everything = scores(p, torch.ones(p.S, p.S, dtype=torch.bool), padding=True)
     return [(p.run.theirs - everything)[masked].median().item()] if masked.any() else []
+
+
+def head_sizes(p):
+    D, H = p.config["hidden_size"], p.config["num_attention_heads"]
+    return sorted({D / H, D // H * 1.0} - {p.d, 0.0})
+
+
+def other_counts(p):
+    A = p.config["num_experts_per_tok"]
+    return [n for n in sorted({1, 2, A - 1, A + 1} - {0, A}) if n <= p.config["num_local_experts"]]
 
 
 def capacities(p):
@@ -224,7 +243,7 @@ def softmax_plus_one(p):
 
 def masked_afterwards(p):
     everything = torch.ones(p.S, p.S, dtype=torch.bool)
-    return scores(p, everything).softmax(-1) * visible(p)
+    return scores(p, everything, padding=True).softmax(-1) * visible(p)
 
 
 def unnormalised(p):
@@ -250,7 +269,16 @@ def normed_stream(p):
 
 def tied_from_above(p):
     """Of equal logits, the expert with the higher index."""
-    return (p["gate"].shape[1] - 1) - choose(p, p["gate"].flip(1))
+    chosen = choose(p, p["gate"].flip(1))
+    return (p["gate"].shape[1] - 1 - chosen).where(chosen >= 0, -1)
+
+
+def weights_by_rank(p):
+    """Weights in order of rank beside experts in order of their numbers."""
+    order = p["chosen"].argsort(1).argsort(1)
+    if p.word == "weights":
+        return p.plain().gather(1, order)
+    return mixture(p, None if p.run.affected(p.name("weights")) else p["weights"].gather(1, order))
 
 
 def first_only(p, weights):
@@ -312,6 +340,9 @@ CAUSES = [
           lambda p: norm(p, weight=1 + p.norm_weight())),
     Cause(NORMS, "the mean is subtracted: LayerNorm instead of RMSNorm",
           lambda p: norm(p, center=True)),
+    Cause(NORMS, "the variance, over D − {}, takes the place of the mean of squares", lambda p, n:
+          norm_input(p) * (norm_input(p).var(-1, correction=n, keepdim=True)
+                           + p.config["rms_norm_eps"]).rsqrt() * p.norm_weight(), (0, 1)),
     Cause(NORMS, "the norm divides by √(sum of squares) instead of √(mean of squares)",
           lambda p: norm(p) / math.sqrt(p.plain().shape[-1])),
     Cause(NORMS, "the norm divides by the mean of squares, without the root", lambda p: norm(p) * (
@@ -344,6 +375,8 @@ CAUSES = [
     Cause("lm_head", "the input of lm_head is not normed", without_norm),
     Cause("o_proj", "the heads are not transposed back: the rows of the heads follow one another",
           lambda p: p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1) @ p.weight().T),
+    Cause("o_proj", "o_proj reads the features of the heads in the order d·H instead of H·d",
+          lambda p: p["mixed"].transpose(2, 3).flatten(2) @ p.weight().T),
     Cause("lm_head", "lm_head uses the embeddings, as if tie_word_embeddings were true",
           lambda p: linear(p, p.weight("embed_tokens"))),
     # Rotary embedding.
@@ -378,8 +411,11 @@ CAUSES = [
           lambda p: rotated(p, angles(p, theta=math.sqrt(p.config["rope_theta"])))),
     Cause(ROTATED, "rope_theta is {}",
           lambda p, theta: rotated(p, angles(p, theta=float(theta))), other_thetas),
+    Cause(ROTATED, "angles are computed in float32, or cosines and sines rounded to it: all "
+          "heads have the same, up to {:.1g} from ours", lambda p, _, table: torch.view_as_real(
+              torch.complex(*unrotated(p).chunk(2, -1)) * table).mT.flatten(-2), measured),
     Cause(ROTATED, "angles are computed in float32 ({})",
-          lambda p, how: rotated(p, single(p, how)), ("θ^−x", "1/θ^x", "rounded frequencies")),
+          lambda p, how: rotated(p, single(p, how)), ("θ^−x", "1/θ^x")),
     Cause(ROTATED, "positions are rounded to {}", lambda p, dtype: rotated(
         p, angles(p, positions(p).to(dtype).double())), (torch.bfloat16, torch.float16)),
     Cause(ROTATED, "cosine and sine are rounded to {}", rounded_cos_sin,
@@ -390,10 +426,14 @@ CAUSES = [
           lambda p: scores(p, scale=1 / math.sqrt(p.d))),
     Cause("scores", "scores are divided by √D instead of √d",
           lambda p: scores(p, scale=math.sqrt(p.d / p["stream"].shape[-1]))),
+    Cause("scores", "scores are divided by √{0:.4g} instead of √d, with {0:.4g} = D / H",
+          lambda p, n: scores(p, scale=math.sqrt(p.d / n)), head_sizes),
     Cause("scores mixed", "query head h uses key/value head h mod K instead of h // (H/K)",
           lambda p: (scores if p.word == "scores" else mixed)(p, modulo=True)),
     Cause("scores", "queries and keys are used without their rotation",
           lambda p: scores(p, q=p.heads("q_proj"), k=p.heads("k_proj"))),
+    Cause("scores", "keys are used without their rotation, as if cached before it",
+          lambda p: scores(p, k=p.heads("k_proj"))),
     Cause("scores", "the window is off by one: {} keys", lambda p, W: scores(
         p, visible(p, first=torch.arange(p.S)[:, None] - W + 1)),
         lambda p: [p.W + 1, p.W - 1] if p.W else []),
@@ -402,13 +442,18 @@ CAUSES = [
     Cause("scores", "queries see later tokens: the window applies, the causal mask does not",
           lambda p: scores(p, visible(p, last=p.S))),
     Cause("scores", "there is no mask: every query sees every token",
-          lambda p: scores(p, visible(p, first=0, last=p.S))),
+          lambda p: scores(p, visible(p, first=0, last=p.S), padding=True)),
+    Cause("scores", "the causal mask is off by one: every query sees the next token too",
+          lambda p: scores(p, visible(p, last=torch.arange(p.S)[:, None] + 1))),
     Cause("scores", "a query does not see its own key",
           lambda p: scores(p, visible(p, last=torch.arange(p.S)[:, None] - 1))),
     Cause("scores", "a call does not see the keys of earlier calls, of {} tokens", lambda p, c:
           scores(p, visible(p) & visible(p, first=calls(p, c)[0])), chunks),
     Cause("scores", "queries see later tokens of the same call, of {} tokens", lambda p, c:
           scores(p, visible(p, last=calls(p, c)[1] - 1)), chunks),
+    Cause("scores", "calls after the first, of {} tokens, have no causal mask inside", lambda p, c:
+          scores(p, visible(p) | visible(p, calls(p, c)[0].where(calls(p, c)[0] > 0, p.S),
+                                         calls(p, c)[1] - 1)), chunks),
     Cause("scores", "all queries of a call, of {} tokens, use the mask of its first one",
           lambda p, c: scores(p, visible(p)[calls(p, c)[0][:, 0]]), chunks),
     Cause("scores", "the rolling buffer is too small: calls of {} tokens with {} slots overwrite "
@@ -419,7 +464,7 @@ CAUSES = [
     Cause("scores", "masked scores are {:.6g}, which the softmax does not turn into 0", lambda p, x:
           p.plain().masked_fill(p.plain().isneginf(), x), masked_values),
     Cause("scores", "the mask adds {:.6g}, which the softmax does not turn into 0", lambda p, x:
-          scores(p, visible(p, first=0, last=p.S)) + x * ~visible(p), added_values),
+          scores(p, visible(p, first=0, last=p.S), padding=True) + x * ~visible(p), added_values),
     Cause("scores", "scores are capped as {0}·tanh(score/{0})", lambda p, cap: (
         cap * (p.plain() / cap).tanh()).masked_fill(p.plain().isneginf(), -math.inf), (30.0, 50.0)),
     Cause("probabilities", "the softmax has one more term e⁰ in its sum", softmax_plus_one),
@@ -446,6 +491,8 @@ CAUSES = [
     # Router.
     Cause("gate", "the logits are replaced by their softmax", lambda p: p.plain().softmax(-1)),
     Cause("chosen", "of equal logits, the expert with the higher index is chosen", tied_from_above),
+    Cause("chosen", "{} experts per token are chosen", lambda p, n:
+          choose(p, p["gate"], count=n), other_counts),
     Cause("chosen", "the experts with the smallest logits are chosen",
           lambda p: choose(p, p["gate"], ascending=True)),
     Cause("weights", "renormalisation is missing: a softmax over all experts", softmax_over_all),
@@ -502,8 +549,8 @@ CAUSES = [
     Cause(MOE, "the weights are applied twice", lambda p: mixture(p, p["weights"].square())),
     Cause(MOE, "the outputs are combined with the weights in reverse order",
           lambda p: mixture(p, p["weights"].flip(1))),
-    Cause(MOE, "the outputs in order of the experts are combined with weights in order of rank",
-          lambda p: mixture(p, p["weights"].gather(1, p["chosen"].argsort(1).argsort(1)))),
+    Cause(f"weights {MOE}", "the outputs in order of the experts are combined with weights in "
+          "order of rank", weights_by_rank),
     Cause(MOE, "row r of an expert is combined with the weight of token r",
           weights_of_wrong_token),
     Cause(MOE, "the rows of an expert are added to tokens 0, 1, 2, …",

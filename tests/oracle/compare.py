@@ -4,26 +4,10 @@ OURS is a golden file or a file of trace.py. THEIRS is any safetensors file in w
 written some of the same quantities, in any floating-point dtype, with or without the axis B, with
 heads and features as one axis or two. Tensors are compared in the order of computation.
 
-A row is the vector that belongs to one token, or for scores and probabilities to one query. The
-error of a row is
-
-    |theirs − ours| / max(|ours|, median of |ours| over the rows of the tensor).
-
-With ε of the lower precision of both files, c = 64 in float64 and float32 and c = 8 in bfloat16 and
-float16, an error is rounding if, for a tensor of layer n,
-
-    error <= c·ε·√(n + 1)   and   error <= max(c·ε, 16 · the largest error before it).
-
-An error within the second bound only is reported as drift. With --rtol or --atol, elements are
-compared instead, as |theirs − ours| <= atol + rtol·|ours|.
-
-A cause is proved if our numbers, computed anew with that error in the port (see causes.py), are
-equal to theirs: the error that remains is at most a quarter of what counts as rounding and at most
-an eighth of the error without it. Nothing else is called a cause.
-
-A different choice of experts is a routing flip, and no error, if the router logits of the port
-differ from ours by as much as the margin. What the flip can have changed is not compared: that
-token, and from the next layer on all later tokens of its row.
+The section Tolerances of tests/oracle/README.md says which errors count as rounding. A cause is
+proved if our numbers, computed anew with that error in the port (see causes.py), are equal to
+theirs: the error that remains is at most a quarter of what counts as rounding and at most an eighth
+of the error without it. Nothing else is called a cause.
 
 Exit codes: 0 equal within rounding, 1 different, 2 not comparable.
 """
@@ -86,9 +70,17 @@ def anywhere(pair, name):
         if x.is_floating_point() and other != name and x.shape == ours.shape and (
                 layer_of(other) in (layer_of(name), None)):
             yield f"it holds our {other}", x.double(), theirs
-    if (ours.isfinite() & theirs.isfinite()).all() and ours.any():
-        factor = ((ours * theirs).sum() / ours.square().sum()).item()
-        yield f"it is multiplied by {factor:.6g}", ours * factor, theirs
+
+
+def scaled(pair, name):
+    """A constant factor other than 1, as (description, ours); masked scores have none."""
+    ours, theirs, _ = pair.aligned(name, pair.ours[name].double())
+    if theirs is not None and word(name) != "chosen":
+        a, b = (x[ours.isfinite() & theirs.isfinite()] for x in (ours, theirs))
+        factor = ((a * b).sum() / a.square().sum()).item()
+        if abs(factor - 1) > pair.rounding:
+            digits = 6 if abs(factor - 1) > 1e-5 else 15
+            yield f"it is multiplied by {factor:.{digits}g}", pair.ours[name].double() * factor
 
 
 def rounded(ours, theirs):
@@ -114,9 +106,10 @@ class Diagnosis:
         self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
 
     def remaining(self, name, mine, run=None, theirs=None):
-        """The largest error of theirs against `mine`, or ∞ if no row that differed is left.
+        """The largest error of theirs against `mine`, or ∞ if mine has too few numbers for a proof.
 
-        Rows of `mine` with NaN are left out: a softmax over nothing gives no number to compare.
+        Rows of `mine` with NaN are left out: a softmax over nothing gives no number to compare. At
+        least a third of the rows that differ must be left.
         """
         if theirs is None:
             mine, theirs, tokens = self.pair.aligned(name, mine, run)
@@ -126,9 +119,11 @@ class Diagnosis:
             tokens = torch.arange(len(mine)) if tokens is None else tokens
         if theirs is None or not len(mine):
             return math.inf
-        use = self.keep[tokens] & ~mine.flatten(1).isnan().any(1)
-        return row_errors(mine[use], theirs[use]).max().item() if (
-            use & self.bad[tokens]).any() else math.inf
+        bad, use = self.bad[tokens] & self.keep[tokens], ~mine.flatten(1).isnan().any(1)
+        if not (bad & use).any() or 3 * (bad & use).sum() < bad.sum():
+            return math.inf
+        use &= self.keep[tokens]
+        return row_errors(mine[use], theirs[use]).max().item()
 
     def runs(self):
         """Every cause that can reach the difference: in all its quantities, and in each alone."""
@@ -166,10 +161,14 @@ class Diagnosis:
             except MissingError:
                 self.untested.add(run.cause.text)
                 continue
+            except (RuntimeError, IndexError):
+                continue  # its shapes contradict those of a tensor that is equal
             found.append((text, error, run))
         found += [(text, self.remaining(self.name, mine, theirs=theirs), None)
                   for text, mine, theirs in anywhere(self.pair, self.name)]
-        found = [cause for cause in found if cause[1] <= self.limit]
+        found = [cause for cause in found if cause[1] <= self.limit] or [
+            cause for text, mine in scaled(self.pair, self.name)
+            if (cause := (text, self.remaining(self.name, mine), None))[1] <= self.limit]
         least = 4 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
 
         def rank(cause):
@@ -179,16 +178,44 @@ class Diagnosis:
         return [cause for cause, own in zip(found, ranks, strict=True) if own == min(ranks)]
 
     def follows(self, run):
-        """The later tensors of the layer that a run makes equal, and those that it does not."""
-        result, order = ([], []), self.pair.shared
-        for name in order[order.index(self.name) + 1:] if run else ():
-            if layer_of(name) == layer_of(self.name) and run.affected(name):
-                try:
-                    error = self.remaining(name, run[name], run)
-                except MissingError:
-                    continue
-                result[error > self.pair.rounding].append(name)
-        return result
+        """The later tensors of the layer that a run makes equal, and those that it surely does not.
+
+        Tokens without a number in the run are left out. The check ends where the routing differs
+        from that of theirs or is not known, because the experts have other rows then.
+        """
+        equal, rest, largest, order = [], [], 0.0, self.pair.shared
+        keep, at = self.keep.clone(), f"model.layers.{layer_of(self.name)}"
+        chosen = f"{at}.block_sparse_moe.chosen"
+        for name in order[order.index(self.name):] if run else ():
+            if layer_of(name) != layer_of(self.name) or word(name) == "tokens" or (
+                    not run.affected(name)):
+                continue
+            if (word(name) == "layer" or axes(name)[0] == "R") and chosen not in order and (
+                    run.affected(chosen)):
+                break
+            try:
+                mine, theirs, tokens = self.pair.aligned(name, run[name].double(), run)
+            except (MissingError, RuntimeError, IndexError):
+                continue
+            if theirs is not None:
+                keep[tokens[mine.flatten(1).isnan().any(1)]] = False
+                mine, theirs = (x[keep[tokens]] for x in (mine, theirs))
+            error = math.inf if theirs is None else max(
+                row_errors(mine, theirs).tolist(), default=0.0)
+            limits = self.pair.limits(name, largest)
+            if name == chosen and error:
+                break
+            if error > max(limits):
+                rest.append(name)
+                continue
+            largest = max(largest, error)
+            equal += [name] if name != self.name and error <= min(limits) else []
+        return equal, rest
+
+    def is_ours(self, name):
+        mine, theirs, tokens = self.pair.aligned(name, self.pair.ours[name].double())
+        return theirs is not None and (
+            row_errors(mine, theirs)[self.keep[tokens]] <= self.pair.rounding).all()
 
 
 # ------------------------------------------------------------------ comparing
@@ -212,9 +239,12 @@ def describe_place(pair, name, ours, theirs, tokens):
     if expert := re.search(r"experts\.(\d+)", name):
         words.append(f"expert {expert[1]}")
     a, b, size = (x[tuple(place)].item() for x in (ours, theirs, difference))
-    ulp = pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))) if a and math.isfinite(a) else 0.0
-    ulps = f" ({size / ulp:.3g} ulps of {str(pair.dtype)[6:]})" if ulp else ""
-    return (f"The largest difference is {size:.3g}{ulps} at {', '.join(words)}: ours {a:.6g}, "
+    how = ""
+    if a and math.isfinite(size):
+        ulps = size / (pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))))
+        how = (f" ({ulps:.3g} ulps of {str(pair.dtype)[6:]})" if ulps < 1e6 else
+               f" ({size / abs(a):.2g} of |ours|)")
+    return (f"The largest difference is {size:.3g}{how} at {', '.join(words)}: ours {a:.6g}, "
             f"theirs {b:.6g}.")
 
 
@@ -234,6 +264,7 @@ class Comparison:
         self.tolerances = args.rtol is not None or args.atol is not None
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
+        self.compared = 0
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
 
     def walk(self):
@@ -242,9 +273,11 @@ class Comparison:
             if layer_of(name) != layer:  # attention takes a flip to the later tokens of its row
                 layer = layer_of(name)
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
-            difference = (self.choices if word(name) == "chosen" else self.numbers)(name)
+            difference = {"chosen": self.choices, "tokens": self.numbering}.get(
+                word(name), self.numbers)(name)
+            self.compared += 1
             if difference is None:
-                self.equal.append(name)
+                self.equal += [name] if word(name) != "tokens" else []
                 continue
             self.different.append(name)
             if self.first is None:
@@ -252,6 +285,20 @@ class Comparison:
             if word(name) == "chosen":
                 break  # other experts ran: nothing that follows can be compared
         return self
+
+    def numbering(self, name):
+        """None if the port numbers the rows of an expert by the tokens that chose it."""
+        pair, takers, c = self.pair, self.pair.takers(name), self.pair.trace.chunk
+        padding = (~pair.real).nonzero()[:, 0].tolist()
+        own, want = (sorted(t for t in x.flatten().tolist() if t not in padding) for x in (
+            pair.theirs[name], pair.ours[name] if takers is None else takers))
+        restart = c and own == sorted(t % pair.S % c for t in want)
+        if own == want or takers is None and not restart:
+            return None
+        return lambda: [
+            f"It has the tokens {own}, but the expert was chosen by the tokens {want}.",
+            f"Cause: the numbers restart with each call of {c} tokens. Add the number of the first "
+            "token of the call." if restart else "Cause: not found."]
 
     def numbers(self, name):
         """None if a tensor is equal, else a function that returns sentences about it."""
@@ -288,7 +335,7 @@ class Comparison:
         try:
             if test.remaining(name, run.reach(name), run) > min(limits):
                 return False
-        except MissingError:
+        except (MissingError, RuntimeError, IndexError):
             return False
         self.flips += [(chosen, t, self.margin(chosen, t)) for t in bad.tolist()]
         self.tainted |= marked
@@ -313,6 +360,13 @@ class Comparison:
         apart = (theirs[token].double() - logits).abs().max().item()
         return min(16 * usual, 4 * self.pair.epsilon * logits.abs().max().item() + 2 * apart)
 
+    def tied(self, chosen, token, new):
+        """Whether ours and theirs each have equal logits for the experts that `new` exchanges."""
+        own, changed = self.pair.sibling(chosen, "gate"), set(new.tolist())
+        changed ^= set(self.pair.ours[chosen][token].tolist())
+        return own is not None and all(len({x[e].item() for e in changed}) == 1
+                                       for x in (own[token], self.logits(chosen, token)))
+
     def gap(self, chosen, token, new):
         """How far our logits are from the choice `new`; ∞ if there are no such experts."""
         logits, mine = self.logits(chosen, token), self.pair.ours[chosen][token]
@@ -329,7 +383,7 @@ class Comparison:
         wrong = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
         for token in wrong.nonzero()[:, 0].tolist():
             gap = self.gap(chosen, token, other[token])
-            if gap <= self.allowed(chosen, token):
+            if gap <= self.allowed(chosen, token) and not self.tied(chosen, token, other[token]):
                 self.flips.append((chosen, token, gap))
                 self.tainted[token], wrong[token] = True, False
         return (lambda: self.explain_choices(chosen, other, wrong)) if wrong.any() else None
@@ -337,10 +391,13 @@ class Comparison:
     def explain_choices(self, chosen, other, wrong):
         """Sentences about other experts at the tokens in `wrong`."""
         token = int(wrong.nonzero()[0])
+        why = (f"Our margin is {self.margin(chosen, token):.3g}, so this is no near tie."
+               if not self.tied(chosen, token, other[token]) else "The logits of the exchanged "
+               "experts are equal in both files, so the lower index must be chosen.")
         return [f"{int(wrong.sum())} of {len(wrong)} tokens have other experts. At token "
                 f"{token % self.pair.S} ours chose {self.pair.ours[chosen][token].tolist()} and "
-                f"theirs {other[token].tolist()}. Our margin is {self.margin(chosen, token):.3g}, "
-                "so this is no near tie.", *self.cause(chosen, wrong, self.pair.rounding)]
+                f"theirs {other[token].tolist()}. {why}",
+                *self.cause(chosen, wrong, self.pair.rounding)]
 
     def shapes(self, name):
         pair = self.pair
@@ -369,7 +426,7 @@ class Comparison:
         test = Diagnosis(self.pair, name, self.equal, bad, self.pair.real & ~self.tainted, limit)
         causes = test.proved()
         if causes:
-            return self.found(test, *causes[0], [text for text, *_ in causes[1:]])
+            return self.found(test, *causes[0], causes[1:])
         dtype = None if test.theirs is None else rounded(
             self.pair.ours[name], self.pair.theirs[name])
         if dtype and error < 4 * torch.finfo(dtype).eps:
@@ -381,15 +438,18 @@ class Comparison:
         lines = [f"Cause: {text}. With it, the error that remains is {remaining:.2g}."]
         equal, rest = test.follows(run)
         if rest:
-            lines.append(f"It does not explain {rest[0]}, so there is another error.")
+            lines.append(f"It does not explain {rest[0]}, so " + (
+                "it is not made there." if test.is_ours(rest[0]) else "there is another error."))
         elif equal:
-            lines.append(f"It also explains the {len(equal)} later tensors of the layer that "
-                         "depend on it.")
+            lines.append("It also explains the later tensors of the layer that depend on it "
+                         f"({len(equal)}).")
         mixture = f"model.layers.{layer_of(test.name)}.block_sparse_moe"
         if run and run.cause.note and mixture in self.pair.shared:
             ours, theirs, _ = self.pair.aligned(mixture, self.pair.ours[mixture].double())
             if row_errors(ours[test.keep], theirs[test.keep]).max() <= self.pair.rounding:
                 lines.append(run.cause.note)
+        others = [text for text, _, other in others if not (  # another error, not in fewer places
+            run and other and run.cause is other.cause and run.value is other.value)]
         if others:
             lines.append(f"The same numbers would follow if {'; or if '.join(others[:3])}.")
         return lines
@@ -402,8 +462,8 @@ class Comparison:
                     f"{layers}."]
         lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
         if test.untested:
-            lines.append(f"{len(test.untested)} causes could not be tested without the weights; "
-                         "give the directory of the model with --model.")
+            lines.append(f"Causes that could not be tested without the weights: "
+                         f"{len(test.untested)}. Give the directory of the model with --model.")
         if skipped := self.pair.skipped(self.equal[-1] if self.equal else None, name):
             main = [n for n in skipped if ".experts." not in n] or skipped
             lines.append(f"Trace {main[len(main) // 2]} next.")
@@ -424,8 +484,13 @@ class Comparison:
 def verdict(pair, found, args):
     """All sentences of the output."""
     dtype = str(pair.dtype)[6:]
-    yield (f"Compared {len(found.equal) + len(found.different)} tensors with {dtype} rounding. The "
-           f"port's file lacks {len(pair.skipped(None, pair.order[-1]))} of ours.")
+    yield f"Compared {found.compared} of {len(pair.shared)} tensors with {dtype} rounding."
+    if found.compared < len(pair.shared):
+        yield f"The comparison stopped at {found.different[-1]}, because other experts ran there."
+    if lacking := pair.skipped():
+        names = list(dict.fromkeys(re.sub(r"(experts\.\d+)\..*", r"\1", n) for n in lacking))
+        yield (f"The port's file lacks {len(lacking)} of ours: {', '.join(names[:4])}"
+               f"{', …' if len(names) > 4 else ''}.")
     if pair.unknown():
         yield f"It has other names too: {', '.join(pair.unknown()[:5])}."
     if args.all:

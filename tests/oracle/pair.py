@@ -1,6 +1,6 @@
 """Two traces and which of their numbers belong together; compare.py and its tests use it.
 
-The formulas for the error of a row and for what counts as rounding are in compare.py's docstring.
+The section Tolerances of README.md has the formulas for the error of a row and for rounding.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 import torch
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import Trace
+from steps import Trace, parse
 
 from mixtral import read_weights, weight_files
 
@@ -100,7 +100,7 @@ class Pair:
         self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
         self.theirs = {names.get(name, name): x for name, x in found.items()}
         self.shared = [name for name in self.order if name in self.theirs
-                       and word(name) not in REDUNDANT and name != "tokens"]
+                       and name != "tokens" and word(name) != "margin"]
         if not self.shared:
             raise IncomparableError(
                 f"{args.theirs}: has none of our names, such as {self.order[1]}; it has "
@@ -120,11 +120,16 @@ class Pair:
             raise IncomparableError(f"the tokens differ: ours {ours.flatten().tolist()}, theirs "
                                     f"{theirs.flatten().tolist()}")
 
-    def sibling(self, name, last):
-        """A quantity of the router in theirs, in the shape of ours, or None."""
+    def sibling(self, name, last, run=None):
+        """A quantity of the router in theirs, in the shape of ours or of the run's, or None."""
         at = name.partition("block_sparse_moe")[0] + f"block_sparse_moe.{last}"
         theirs = self.theirs.get(at)
-        return None if theirs is None else reshaped(theirs, self.ours[at])
+        return None if theirs is None else reshaped(theirs, (run or self.ours)[at])
+
+    def takers(self, name, run=None):
+        """The tokens that chose the expert of a quantity by `chosen` in theirs, or None."""
+        chosen = self.sibling(name, "chosen", run)
+        return None if chosen is None else (chosen == parse(name)[2]).any(1).nonzero()[:, 0]
 
     def aligned(self, name, ours, run=None):
         """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
@@ -135,9 +140,9 @@ class Pair:
             return self.aligned_rows(name, ours, run)
         theirs = reshaped(self.theirs[name].double(), ours)
         if word(name) == "weights":  # theirs in the order in which ours chose
-            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen")
+            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen", run)
             if chosen is not None and theirs is not None:
-                mine = self.ours[at] if run is None else run[at]
+                mine = (run or self.ours)[at]
                 theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
         if word(name) == "chosen" and theirs is not None:  # as a set
             ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
@@ -146,12 +151,12 @@ class Pair:
 
     def aligned_rows(self, name, ours, run):
         """The rows of one expert, for the tokens that both sides routed to it."""
-        at, chosen = name.rpartition(".")[0], self.sibling(name, "chosen")
         theirs, tokens = self.theirs[name].double(), self.expert_tokens(name, run)
-        other = self.theirs.get(at + ".tokens")
-        if other is None and chosen is not None:
-            other = (chosen == int(at.rpartition(".")[2])).any(1).nonzero()
-        other = tokens if other is None else other.flatten().long()
+        other, takers = self.theirs.get(name.rpartition(".")[0] + ".tokens"), self.takers(name, run)
+        other = takers if other is None else other.flatten().long()
+        if takers is not None and len(other) == len(takers) and not other.sort()[0].equal(takers):
+            other = takers  # the numbers in `tokens` are wrong
+        other = tokens if other is None else other
         if theirs.numel() != len(other) * math.prod(ours.shape[1:]):
             return ours, None, tokens
         theirs = theirs.reshape(len(other), *ours.shape[1:])
@@ -175,8 +180,9 @@ class Pair:
         depth = 0 if word(name) == "embed_tokens" else depth
         return self.rounding * math.sqrt(depth + 1), max(self.rounding, JUMP * before)
 
-    def skipped(self, last, name):
+    def skipped(self, last=None, name=None):
         """Our quantities after one tensor and before another that the port has not traced."""
         start = self.order.index(last) + 1 if last else 1
-        return [n for n in self.order[start:self.order.index(name)]
-                if word(n) not in REDUNDANT and n not in self.theirs]
+        return [n for n in self.order[start:self.order.index(name) if name else None]
+                if word(n) not in REDUNDANT and n not in self.theirs
+                and not (self.trace.chunk and "T" in axes(n))]  # a cache may have any order

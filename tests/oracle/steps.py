@@ -261,11 +261,19 @@ def head_map(p, modulo=False):
     return torch.arange(H) % K if modulo else torch.arange(H) // (H // K)
 
 
-def scores(p, mask=None, scale=1.0, q=None, k=None, modulo=False):
-    """q·kᵀ/√d times a scale, −∞ where the mask is false."""
+def real(p):
+    """Which tokens are no padding, (B, S)."""
+    return torch.arange(p.S) < torch.tensor(p.run.trace.lengths)[:, None]
+
+
+def scores(p, mask=None, scale=1.0, q=None, k=None, modulo=False, padding=False):
+    """q·kᵀ/√d times a scale, −∞ where the mask is false and, without `padding`, at padded keys."""
     q, k = p["q_rotated"] if q is None else q, p["k_rotated"] if k is None else k
     s = torch.einsum("bshd,bthd->bhst", q, k[:, :, head_map(p, modulo)]) * scale / math.sqrt(p.d)
-    return s.masked_fill(~(visible(p) if mask is None else mask), -math.inf)
+    mask = visible(p) if mask is None else mask
+    if not padding:  # padded queries keep their keys, so that no NaN arises
+        mask = mask & (real(p)[:, None, None] | ~real(p)[:, None, :, None])
+    return s.masked_fill(~mask, -math.inf)
 
 
 def mixed(p, v=None, modulo=False):
@@ -273,11 +281,10 @@ def mixed(p, v=None, modulo=False):
     return torch.einsum("bhst,bthd->bshd", p["probabilities"], v[:, :, head_map(p, modulo)])
 
 
-def choose(p, logits, ascending=False):
+def choose(p, logits, ascending=False, count=None):
     """The experts of each token; those of padding are −1."""
     experts = logits.sort(dim=-1, descending=not ascending, stable=True)[1]
-    real = torch.cat([torch.arange(p.S) < n for n in p.run.trace.lengths])
-    return experts[:, :p.config["num_experts_per_tok"]].where(real[:, None], -1)
+    return experts[:, :count or p.config["num_experts_per_tok"]].where(real(p).view(-1, 1), -1)
 
 
 def chosen_logits(p):

@@ -4,6 +4,7 @@ Which causes it names is tested in test_causes.py.
 """
 
 import json
+import re
 import trace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 from conftest import random_model
 from reference import axes, word
+from test_causes import SEEDS, Port, causes_in, port
+from torch.nn import functional as F
 
 import mixtral
 from convert import write_safetensors
@@ -273,7 +276,7 @@ def test_what_is_missing_in_theirs_bounds_the_place(changed):
                 del tensors[name]
         tensors["model.layers.1"] += torch.linspace(0, 1, 14)[:, None].sin()
     code, text = changed(outputs)
-    assert code == 1 and "Compared 3 tensors" in text
+    assert code == 1 and "Compared 3 of 3 tensors" in text
     assert "The first tensor that differs is model.layers.1.\n" in text
     assert "model.layers.0, before it, is equal." in text
     assert "Not traced there: model.layers.1.input_layernorm, " in text
@@ -305,7 +308,8 @@ def test_names_can_be_mapped_and_tolerances_given(changed, tmp_path):
     names = tmp_path / "names"
     names.write_text(json.dumps({"logits": "lm_head"}))
     code, text = changed(renamed, "--names", names)
-    assert code == 0 and "Compared 1 tensors" in text and "It has other names too: extra." in text
+    assert code == 0 and "Compared 1 of 1 tensors" in text
+    assert "It has other names too: extra." in text
     assert changed(renamed, "--names", names, "--rtol", 0, "--atol", 1e-3)[0] == 0
     assert changed(renamed, "--names", names, "--rtol", 0, "--atol", 1e-12)[0] == 1
 
@@ -336,3 +340,129 @@ def test_what_cannot_be_compared_ends_with_2_and_one_line(honest, tmp_path, verd
     path.write_text("no tensors")
     assert verdict(ours=ours)[0] == 2
     assert verdict(ours=ours, theirs=tmp_path / "absent")[0] == 2
+
+
+# ------------------------------------------------------------------ verdicts on golden files
+
+
+def golden_tensors(case, kept=lambda name: True):
+    """What a correct port writes for a golden file."""
+    return {name: x for name, x in pair.read_file(golden.HERE / f"{case}.safetensors")[1].items()
+            if not name.endswith(".weight") and kept(name)}
+
+
+@pytest.fixture
+def judged(tmp_path, verdict):
+    """A function that writes the port's tensors for a golden file and returns the verdict."""
+    def run(case, tensors):
+        write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
+        return verdict(ours=golden.HERE / f"{case}.safetensors")
+    return run
+
+
+def test_every_cause_can_be_tested_on_padded_rows(judged):
+    tensors = golden_tensors("ragged", lambda name: name == "model.layers.0")
+    tensors["model.layers.0"] *= 1 + torch.linspace(0, 1, 27).view(3, 9, 1).sin()
+    code, text = judged("ragged", tensors)
+    assert code == 1 and "Cause: not found" in text and "could not be tested" not in text
+
+
+def test_numbers_that_are_not_finite_prove_nothing():
+    args = compare.arguments([str(golden.HERE / "plain.safetensors")] * 2)
+    both, name = pair.Pair(args, {}), "model.layers.0"
+    everything = torch.ones(14, dtype=torch.bool)
+    test = compare.Diagnosis(both, name, [], everything, everything, 1e-10)
+    mine = both.ours[name].clone()
+    mine[0, 0] = torch.nan
+    assert test.remaining(name, mine) == 0
+    mine[0, 1:10] = torch.nan
+    assert test.remaining(name, mine) == torch.inf
+    assert test.remaining(name, both.ours[name] * torch.inf) == torch.inf
+    assert list(compare.scaled(both, name)) == []  # and a factor of 1 proves nothing
+
+
+def test_rows_of_experts_that_are_numbered_from_the_start_of_a_call_are_named(judged):
+    tensors = golden_tensors("chunked")
+    wrong = [n for n in tensors if n.endswith(".tokens") and tensors[n].max() > 3]
+    for name in wrong:
+        tensors[name] = tensors[name] % 4
+    code, text = judged("chunked", tensors)
+    assert code == 1 and "differs is model.layers.0.block_sparse_moe.experts.0.tokens." in text
+    assert "Cause: the numbers restart with each call of 4 tokens." in text
+    assert f"Later tensors that differ too: {len(wrong) - 1}." in text
+
+
+def test_rows_of_experts_can_be_in_any_order(judged):
+    tensors = golden_tensors("plain")
+    for name in tensors:
+        if ".experts." in name:
+            tensors[name] = tensors[name].flip(0)
+    assert judged("plain", tensors)[0] == 0
+
+
+def test_a_factor_of_masked_scores_is_named_with_all_its_digits(judged):
+    name = "model.layers.0.self_attn.scores"
+    tensors = golden_tensors("plain", lambda other: ".0.self_attn" in other)
+    tensors[name] *= 1.25
+    assert "Cause: it is multiplied by 1.25. With it" in judged("plain", tensors)[1]
+    tensors[name] *= 0.8 * (1 + 1e-9)
+    assert "Cause: it is multiplied by 1.000000001. With it" in judged("plain", tensors)[1]
+
+
+def test_an_error_in_one_expert_only_is_no_second_error(judged):
+    name = "model.layers.0.block_sparse_moe.experts.0.hidden"
+    tensors = golden_tensors("plain", lambda name: ".0.block_sparse_moe.e" in name)
+    tensors = {n: x for n, x in tensors.items() if not n.endswith("w2")}
+    tensors[name] = F.gelu(tensors[name.replace("hidden", "w1")]) * tensors[
+        name.replace("hidden", "w3")]
+    text = judged("plain", tensors)[1]
+    assert "Cause: gelu takes the place of silu. With it" in text and "another error" not in text
+    assert re.search(r"It does not explain .*experts\.1\.hidden, so it is not made there\.", text)
+
+
+def test_a_verdict_says_where_it_stopped_and_what_is_lacking(judged):
+    tensors = golden_tensors("chunked", lambda name: "T" not in axes(name))
+    name = "model.layers.0.self_attn.mixed"
+    tensors[name] = tensors[name] + torch.linspace(1, 2, 17).view(1, 17, 1, 1)
+    chosen = "model.layers.0.block_sparse_moe.chosen"
+    tensors[chosen] = 7 - tensors[chosen]
+    code, text = judged("chunked", tensors)
+    assert code == 1 and f"The comparison stopped at {chosen}, because other experts ran" in text
+    assert "Cause: not found" in text and "Trace" not in text and "lacks" not in text
+    assert "ulps" not in text and " of |ours|) at row" in text
+    del tensors["model.norm"]
+    assert "The port's file lacks 1 of ours: model.norm." in judged("chunked", tensors)[1]
+
+
+def test_a_cause_that_contradicts_the_rows_of_an_expert_is_passed_over(judged):
+    at = "model.layers.0.block_sparse_moe.experts.1."
+    tensors = golden_tensors("three_experts", lambda name: name in (at + "w3", at + "hidden"))
+    tensors[at + "hidden"] = tensors[at + "hidden"].cos()
+    code, text = judged("three_experts", tensors)
+    assert code == 1 and "Cause: not found" in text
+
+
+def test_a_flip_is_no_second_error(judged):
+    wrong = {"score": lambda self, q, k: q @ k.T, "gate": lambda self, x, h, name: Port.linear(
+        self, x, name) * (1 + 1e-15 * torch.arange(8).double())}  # sums in other orders
+    text = judged("tied", port(golden.HERE / "tied.safetensors", torch.float64, wrong))[1]
+    assert causes_in(text)[0] == "scores are not divided by √d" and "another error" not in text
+
+
+def test_a_port_that_prefers_the_higher_of_its_own_equal_logits_is_wrong(judged):
+    wrong = {"choose": lambda self, logits: torch.stack([torch.tensor(sorted(
+        range(len(row)), key=lambda e: (-row[e], -e))[:2]) for row in logits])}
+    code, text = judged("tied", port(golden.HERE / "tied.safetensors", torch.float64, wrong))
+    assert code == 1 and "equal in both files, so the lower index must be chosen." in text
+
+
+@pytest.mark.parametrize("case, cause", [
+    ("plain", "w1 and w3 are exchanged"), ("plain", "x·sigmoid(1.702·x)"),
+    ("plain", "the routing weight multiplies the input of the expert instead"),
+    ("window", "the window is off by one: 6 keys")])
+def test_one_error_in_all_experts_is_no_second_error(case, cause, judged):
+    """Also in experts that share no token with the first tensor that differs."""
+    [wrong] = [seed[0] for seed in SEEDS if seed[1] == cause]
+    code, text = judged(case, port(golden.HERE / f"{case}.safetensors", torch.float64, wrong))
+    assert causes_in(text)[0].startswith(cause)
+    assert "It also explains the later tensors" in text and "another error" not in text
