@@ -1099,17 +1099,25 @@ def start(*args, **options):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def test_ctrl_c_ends_a_running_process_with_the_text_so_far():
+def run_until_ctrl_c():
+    """The exit code, the text before Ctrl-C and after it, and standard error."""
     process = start("--prompt", "Once upon a time", "--max-new-tokens", "1000000", "--temperature",
                     "1", "--seed", "0")
-    out = os.read(process.stdout.fileno(), 2**16)
-    assert len(out) < 8192  # text is printed as it is drawn, not when a buffer of 8192 is full
-    while len(out) < 40:
-        out += os.read(process.stdout.fileno(), 2**16)
+    out = [os.read(process.stdout.fileno(), 2**16)]
+    while sum(map(len, out)) < 40:
+        out.append(os.read(process.stdout.fileno(), 2**16))
     process.send_signal(signal.SIGINT)
     rest, told = process.communicate(timeout=600)
-    assert process.returncode == 130 and (out + rest).startswith(b"Once upon a time")
-    assert (out + rest).endswith(b"\n") and told.count(b"\n") == 1 and b"written" in told
+    return process.returncode, out, rest, told
+
+
+@pytest.mark.beside(run=run_until_ctrl_c)
+def test_ctrl_c_ends_a_running_process_with_the_text_so_far(beside):
+    code, out, rest, told = beside
+    assert len(out[0]) < 8192  # text is printed as it is drawn, not when a buffer of 8192 is full
+    text = b"".join(out) + rest
+    assert code == 130 and text.startswith(b"Once upon a time")
+    assert text.endswith(b"\n") and told.count(b"\n") == 1 and b"written" in told
 
 
 def run_with_a_reader_that_goes_away():
@@ -1139,20 +1147,28 @@ def test_a_full_disk_ends_in_one_line(beside):
     assert beside == (1, b"generate.py: standard output: No space left on device\n")
 
 
-def test_ctrl_c_in_a_conversation_on_a_terminal_ends_the_answer_only():
-    pty = pytest.importorskip("pty")
+def converse_on_a_terminal():
+    """The exit code, the prompt, the text and standard error; Ctrl-C ends the only answer."""
+    import pty
+
     control, terminal = pty.openpty()
     process = start("--chat", "--temperature", "1", "--max-new-tokens", "1000000", "--seed", "0",
                     stdin=terminal)
     os.close(terminal)
     os.write(control, b"Tell me\n")
-    assert os.read(process.stdout.fileno(), 2) == b"> "
-    first = os.read(process.stdout.fileno(), 1)
+    prompt, first = os.read(process.stdout.fileno(), 2), os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
     os.write(control, b"/exit\n")
     rest, told = process.communicate(timeout=600)
     os.close(control)
-    assert process.returncode == 0 and first + rest
+    return process.returncode, prompt, first + rest, told
+
+
+@pytest.mark.skipif(os.name != "posix", reason="only Unix has such terminals")
+@pytest.mark.beside(run=converse_on_a_terminal)
+def test_ctrl_c_in_a_conversation_on_a_terminal_ends_the_answer_only(beside):
+    code, prompt, text, told = beside
+    assert (code, prompt) == (0, b"> ") and text
     assert b"Traceback" not in told and told.count(b"written") == 1
 
 

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -23,13 +24,17 @@ SIZES = ["--vocab", "320", "--hidden", "16", "--layers", "2", "--heads", "2", "-
          "--expert-hidden", "8", "--context", "16", "--window", "5", "--batch", "2"]
 
 
-@pytest.fixture
-def texts(tmp_path):
+def write_texts(directory):
     draw = random.Random(0)
     for name, count in (("train.txt", 300), ("valid.txt", 5)):
-        (tmp_path / name).write_text("\n<|endoftext|>\n".join(
+        (directory / name).write_text("\n<|endoftext|>\n".join(
             " ".join(draw.choices(WORDS, k=30)) + "." for _ in range(count)))
-    return tmp_path
+    return directory
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_texts(tmp_path)
 
 
 def options(texts, output, *more):
@@ -49,11 +54,19 @@ def small_model(dtype=torch.float64, **changes):
 # ---- a training run
 
 
-def test_one_command_makes_a_checkpoint_that_loads_and_has_learned(texts):
-    done = subprocess.run(
-        [sys.executable, Path(train.__file__), *options(texts, "out", "--steps", "60",
-                                                        "--check-every", "20")],
-        capture_output=True, text=True, timeout=300)
+def run_the_command():
+    """The process, and the directory with its texts and its output."""
+    place = tempfile.TemporaryDirectory()
+    texts = write_texts(Path(place.name))
+    more = options(texts, "out", "--steps", "60", "--check-every", "20")
+    return subprocess.run([sys.executable, Path(train.__file__), *more], capture_output=True,
+                          text=True, timeout=300), place
+
+
+@pytest.mark.beside(run=run_the_command)
+def test_one_command_makes_a_checkpoint_that_loads_and_has_learned(beside):
+    done, place = beside
+    texts = Path(place.name)
     assert done.returncode == 0, done.stderr
     assert (texts / "out" / "train.log").read_text() == done.stdout
     scores = [float(line.split()[6]) for line in done.stdout.splitlines()

@@ -5,7 +5,9 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import trace
+from pathlib import Path
 
 import pytest
 import reference
@@ -322,9 +324,17 @@ def test_wrong_arguments_exit_with_2(options, capsys):
     assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
 
 
-def test_the_command_runs_as_a_program_from_any_directory(tmp_path):
-    done = subprocess.run(
-        [sys.executable, trace.__file__, "--tokens", "1,429", "--layers", "0", "--output", "t"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def run_the_command():
+    """The process and the tokens in its output, from another directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        done = subprocess.run(
+            [sys.executable, trace.__file__, "--tokens", "1,429", "--layers", "0", "--output", "t"],
+            cwd=directory, capture_output=True, text=True, timeout=120)
+        return done, stored(Path(directory) / "t")[1]["tokens"].tolist()
+
+
+@pytest.mark.beside(run=run_the_command)
+def test_the_command_runs_as_a_program_from_any_directory(beside):
+    done, tokens = beside
     assert (done.returncode, done.stdout) == (0, "") and done.stderr.count("\n") == 1
-    assert stored(tmp_path / "t")[1]["tokens"].tolist() == [[1, 429]]
+    assert tokens == [[1, 429]]
