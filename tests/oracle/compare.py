@@ -243,7 +243,7 @@ def describe_place(pair, name, ours, theirs, tokens):
     if a and math.isfinite(size):
         ulps = size / (pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))))
         how = (f" ({ulps:.3g} ulps of {str(pair.dtype)[6:]})" if ulps < 1e6 else
-               f" ({size / abs(a):.2g} of |ours|)")
+               f" ({size / abs(a):.2g} times |ours|)")
     return (f"The largest difference is {size:.3g}{how} at {', '.join(words)}: ours {a:.6g}, "
             f"theirs {b:.6g}.")
 

@@ -110,8 +110,10 @@ class Pair:
                   if x.is_floating_point()]
         self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
         self.epsilon = torch.finfo(self.dtype).eps
-        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon
         self.S = self.ours["tokens"].shape[1]
+        # Two correct ways to compute an angle in float64 differ by its rounding error.
+        angle = torch.finfo(torch.float64).eps * (self.trace.first_position + self.S)
+        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon + angle
         self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
 
     def check_tokens(self):

@@ -4,6 +4,7 @@ Which causes it names is tested in test_causes.py.
 """
 
 import json
+import math
 import re
 import trace
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_a_run_with_another_number_of_threads_is_equal(honest, tmp_path, verdict
     finally:
         torch.set_num_threads(before)
     code, text = verdict(ours=honest[0])
+    assert code == 0 and "Equal within float64 rounding" in text
+
+
+@pytest.mark.parametrize("frequency", [
+    lambda x: 1 / 1e4 ** x, lambda x: torch.exp(-x * math.log(1e4))], ids=["1/θ^x", "exp"])
+def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency, judged):
+    """Their last bits differ by 1e-12 there, which is more than rounding near position 0."""
+    def angles(self, positions, d):
+        return positions.double()[:, None, None] * frequency(torch.arange(0, d, 2).double() / d)
+
+    ours = golden.HERE / "far.safetensors"
+    wrong = port(ours, torch.float64, {"angles": angles})
+    at = "model.layers.0.self_attn.q_rotated"
+    assert (pair.read_file(ours)[1][at] - wrong[at]).abs().max() > 1e-13
+    code, text = judged("far", wrong)
     assert code == 0 and "Equal within float64 rounding" in text
 
 
@@ -429,7 +445,7 @@ def test_a_verdict_says_where_it_stopped_and_what_is_lacking(judged):
     code, text = judged("chunked", tensors)
     assert code == 1 and f"The comparison stopped at {chosen}, because other experts ran" in text
     assert "Cause: not found" in text and "Trace" not in text and "lacks" not in text
-    assert "ulps" not in text and " of |ours|) at row" in text
+    assert "ulps" not in text and " times |ours|) at row" in text
     del tensors["model.norm"]
     assert "The port's file lacks 1 of ours: model.norm." in judged("chunked", tensors)[1]
 
