@@ -162,6 +162,15 @@ def test_memory_holds_one_tensor_and_not_the_checkpoint(write, tmp_path, out):
     assert codes == [0] and 0 < grown < 20_000, grown
 
 
+def test_tokenizer_json_puts_bos_before_a_text_and_before_a_pair():
+    """The peer test compares the ids; this is what they follow from."""
+    step = convert.fast_tokenizer(Tokenizer(ROOT / "tiny"))["post_processor"]
+    for kind, texts in (("single", "A"), ("pair", "AB")):
+        first, *rest = step[kind]
+        assert step["special_tokens"][first["SpecialToken"]["id"]]["ids"] == [1]
+        assert "".join(part["Sequence"]["id"] for part in rest) == texts
+
+
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3))
 def test_regroup_moves_each_row_as_a_loop_over_rows_does_and_back(heads, half, D):

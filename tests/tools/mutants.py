@@ -47,7 +47,9 @@ TESTS = {  # the tests of each subject, as arguments for pytest
     "mixtral.py": ["tests/test_mixtral.py", "tests/oracle/test_golden.py"],
     "tokenizer.py": ["tests/test_tokenizer.py"],
     "generate.py": ["tests/test_generate.py"],
-    "generate.py 4 bits": ["tests/test_int4.py"],
+    "generate.py 4 bits": [
+        "tests/test_int4.py",
+        "tests/test_generate.py::test_a_tuned_4_bit_model_gives_the_logits_of_the_plain_one"],
     "generate.py ranks": [f"{RANKS}every_rank_gives_the_float64_logits_of_one_process",
                           f"{RANKS}ranks_draw_the_tokens_of_one_process_and_without_a_seed_the_same",
                           f"{RANKS}a_rank_with_a_whole_model_of_its_own_draws_its_own_tokens"],
