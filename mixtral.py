@@ -29,7 +29,7 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       weights of a row that share one scale     -                             -
+    G       neighbouring weights with one scale       -                             -
 
 Precision: linear layers, attention, activations and residual sums take and give the dtype of the
 weights. RMSNorm, rotation, the router's softmax and the weighted sum over experts compute in at
@@ -92,7 +92,7 @@ class MixtralConfig:
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        Fields that MixtralConfig lacks are ignored. If rope_theta is absent, it is 1e6.
+        Other fields that MixtralConfig lacks are ignored. If rope_theta is absent, it is 1e6.
         """
         raw = raw | {"rope_theta": read_rope_theta(raw, default=cls.rope_theta)}
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
@@ -231,8 +231,8 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    `queries` and `keys` hold positions. A query sees W keys, its own included; if W is None, it
-    sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
+    `queries` and `keys` hold positions. A query sees at most W keys, its own included. If W is None,
+    it sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
 
     Difference: in `moe_one_file_ref.py` of the released code, a query sees W + 1 keys while a
     prompt is read.
@@ -306,7 +306,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # nn.Embedding(V, D) on the device "meta" imports modules for 2 s; this does not.
+        # On the device "meta", nn.Embedding(V, D) triggers imports that take 2 s; from_pretrained
+        # does not.
         table = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -369,7 +370,7 @@ class Mixtral(nn.Module):
         chunk = S if cache is None else cache.chunk
         hidden = []
         for start in range(0, S, chunk):
-            count = (lengths - start).clamp(0, chunk)  # of the real tokens in this chunk
+            count = (lengths - start).clamp(0, chunk)  # real tokens of each row in this chunk
             hidden.append(self.model(tokens[:, start:start + chunk], count, cache))
         hidden = torch.cat(hidden, dim=1)  # (B, S, D)
         if last_only:
@@ -382,7 +383,7 @@ class Mixtral(nn.Module):
         """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
 
         With dtype None the weights keep their dtype, and on a CPU they stay memory-mapped files.
-        Raises ValueError if a file is damaged, or naming weights that do not fit config.json.
+        Raises ValueError if a file is damaged or if weights do not fit config.json.
         """
         weights = read_weights(weight_files(directory))
         weights = {name: convert_floats(weight, dtype, device) for name, weight in weights.items()}
@@ -626,8 +627,8 @@ def unpack(packed, scale):
 
     packed (M, D/8), scale (M, D/G) -> (M, D)
 
-    In float64 the products are exact, because u − 8 has at most 4 significant bits, and a scale of
-    32 bits or less has at most 24.
+    After conversion to float64 the products are exact, because u − 8 has at most 4 significant
+    bits, and a scale that was stored in float32 or less has at most 24.
 
     >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
@@ -657,7 +658,7 @@ def use_int4(model, raw, weights):
 
 
 def int4_group_size(scheme):
-    """The group size G of a quantization_config. Raises ValueError for any other format."""
+    """The group size G of a quantization_config. Raises ValueError unless Int4Linear reads it."""
     scheme = scheme if isinstance(scheme, dict) else {"quant_method": scheme}
     groups = scheme.get("config_groups")
     groups = list(groups.values()) if isinstance(groups, dict) else []
