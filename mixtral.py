@@ -231,8 +231,8 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    `queries` and `keys` hold positions. A query sees at most W keys, its own included. If W is None,
-    it sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
+    `queries` and `keys` hold positions. A query sees at most W keys, its own included. If W is
+    None, it sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
 
     Difference: in `moe_one_file_ref.py` of the released code, a query sees W + 1 keys while a
     prompt is read.
