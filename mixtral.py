@@ -627,8 +627,8 @@ def unpack(packed, scale):
 
     packed (M, D/8), scale (M, D/G) -> (M, D)
 
-    After conversion to float64 the products are exact, because u − 8 has at most 4 significant
-    bits, and a scale that was stored in float32 or less has at most 24.
+    If the scales have been converted to float64, the products (u − 8)·scale are exact, because
+    u − 8 has at most 4 significant bits, and a scale stored in float32 or less has at most 24.
 
     >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
