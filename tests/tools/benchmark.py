@@ -429,6 +429,8 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     if unknown := set(args.what) - {*PARTS}:
         p.error(f"unknown: {', '.join(sorted(unknown))}; wanted {', '.join(PARTS)}")
+    if args.text and not args.text.is_file():
+        p.error(f"{args.text}: no such file")
     if bool(args.gguf) != bool(args.llama_bench):
         p.error("--llama-bench and --gguf need each other")
     return args
