@@ -345,7 +345,8 @@ def repack(model):
 # Measured on 2 cores of an AMD EPYC with AVX2, for weights of 3584 × 1024 and 1024 × 3584.
 # F.linear with up to 256 rows leaves a core idle. A batch of 16 products, one for each slice of the
 # weight, takes 0.6–0.7 of its time for 1 row of float32, 0.5 for 4 rows and 0.8 for 64 rows. Up to
-# 2¹⁸ weights (384 × 192 was measured) it is not faster.
+# 2¹⁸ weights (384 × 192 was measured) it is not faster. For 2 to 5 rows, W·xᵀ takes 0.75–1.1 of the
+# time of x·Wᵀ, and 16 texts are decoded 8 % faster with it.
 SLICES, FEW_ROWS, SMALL = 16, 256, 2**18
 # An AVX2 CPU multiplies 16-bit floats at 12 GFLOP/s and float32 at 100. With weights widened to
 # float32, a product takes 0.8 of the time for 4 rows, 0.4–0.6 for 8 and 0.2 for 64. Widening 2²²
@@ -376,9 +377,12 @@ def sliced_product(x, weight):
     rows = x.numel() // x.shape[-1]
     if weight.numel() <= SMALL or rows > FEW_ROWS:
         return F.linear(x, weight)
-    slices = weight.unflatten(0, (SLICES, -1)).mT  # (SLICES, in, out/SLICES)
-    y = x.reshape(1, rows, -1).expand(SLICES, -1, -1) @ slices
-    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    slices = weight.unflatten(0, (SLICES, -1))  # (SLICES, out/SLICES, in)
+    if 1 < rows < 6:
+        y = (slices @ x.reshape(rows, -1).mT).flatten(0, 1).mT
+    else:
+        y = (x.reshape(1, rows, -1).expand(SLICES, -1, -1) @ slices.mT).transpose(0, 1)
+    return y.reshape(*x.shape[:-1], -1).contiguous()
 
 
 class TunedInt4Linear(nn.Module):

@@ -519,7 +519,7 @@ def test_tuned_products_take_any_leading_shape_and_memory_layout(shape, outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("rows", [1, 6, 300])
+@pytest.mark.parametrize("rows", [1, 3, 6, 300])
 def test_tuned_products_have_the_gradients_of_plain_ones(dtype, rows):
     torch.manual_seed(0)
     plain = nn.Linear(264, 1040, bias=False, dtype=dtype)
