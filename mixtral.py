@@ -92,7 +92,7 @@ class MixtralConfig:
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        Other fields that MixtralConfig lacks are ignored. If rope_theta is absent, it is 1e6.
+        Of other fields that MixtralConfig lacks, only model_type and rope_scaling are read.
         """
         raw = raw | {"rope_theta": read_rope_theta(raw, default=cls.rope_theta)}
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
@@ -306,8 +306,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # On the device "meta", nn.Embedding(V, D) triggers imports that take 2 s; from_pretrained
-        # does not.
+        # On the device "meta", nn.Embedding(V, D) triggers imports that take 2 s;
+        # nn.Embedding.from_pretrained does not.
         table = torch.rand(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

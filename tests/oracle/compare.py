@@ -514,7 +514,7 @@ def describe_difference(pair, found):
     before = [n for n in found.equal if pair.order.index(n) < pair.order.index(name)]
     yield f"The first tensor that differs is {name}."
     if before:
-        yield f"  {before[-1]}, before it, is equal."
+        yield f"  {before[-1]}, the tensor before it in the trace, is equal."
     if skipped := pair.skipped(before[-1] if before else None, name):
         made = "between the two" if before else "in it or before it"
         yield (f"  The error is made {made}. Not traced there: {', '.join(skipped[:4])}"

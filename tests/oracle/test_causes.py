@@ -791,7 +791,7 @@ def test_without_weights_a_coarse_trace_bounds_the_place_and_says_what_to_do(
     theirs = port(ours, torch.float64, {"score": lambda self, q, k: q @ k.T})
     coarse = {n: x for n, x in theirs.items() if is_layer(n) or "embed" in n}
     code, text = verdict(weightless, coarse, tmp_path, capsys)
-    assert code == 1 and "model.embed_tokens, before it, is equal." in text
+    assert code == 1 and "model.embed_tokens, the tensor before it in the trace, is equal." in text
     assert "The error is made between the two. Not traced there: model.layers.0.input_lay" in text
     assert re.search(r"could not be tested without the weights: \d\d\. Give .* --model", text)
     [wanted] = re.findall(r"Trace (.*) next", text)

@@ -226,7 +226,7 @@ def test_an_unexplained_difference_is_described_and_no_cause_is_named(changed):
     name = "model.layers.1.self_attn.o_proj"
     code, text = changed(lambda tensors: tensors[name][0, 7, 3].add_(5.0))
     assert code == 1 and f"The first tensor that differs is {name}.\n" in text
-    assert "model.layers.1.self_attn.mixed, before it, is equal." in text
+    assert "model.layers.1.self_attn.mixed, the tensor before it in the trace, is equal." in text
     assert "at row 0, token 7, feature 3: ours " in text
     assert "1 of 14 rows differ, the first at token 7." in text and "Cause: not found" in text
     assert "Later tensors that differ too: 0." in text
@@ -294,7 +294,7 @@ def test_what_is_missing_in_theirs_bounds_the_place(changed):
     code, text = changed(outputs)
     assert code == 1 and "Compared 3 of 3 tensors" in text
     assert "The first tensor that differs is model.layers.1.\n" in text
-    assert "model.layers.0, before it, is equal." in text
+    assert "model.layers.0, the tensor before it in the trace, is equal." in text
     assert "Not traced there: model.layers.1.input_layernorm, " in text
     assert "Trace model.layers.1." in text
 
