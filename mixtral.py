@@ -92,7 +92,7 @@ class MixtralConfig:
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`).
 
-        Of other fields that MixtralConfig lacks, only model_type and rope_scaling are read.
+        Only rope_parameters, rope_scaling and model_type are read besides MixtralConfig's fields.
         """
         raw = raw | {"rope_theta": read_rope_theta(raw, default=cls.rope_theta)}
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
