@@ -34,8 +34,9 @@ class Side:
         return self._receive(watch)
 
     def _receive(self, watch):
-        while watch and not self.pipe.poll(0.01):
+        while watch:
             self.peak = max(self.peak, anonymous_memory(self.process.pid))
+            watch = not self.pipe.poll(0.01)
         done, value = self.pipe.recv()
         if not done:
             raise RuntimeError(value)
