@@ -306,24 +306,25 @@ def load(directory, dtype=None, device="cpu"):
     weights = read_weights(files)
     if dist.is_initialized():
         raw, weights = shard(raw, weights, dist.get_rank(), dist.get_world_size())
-    check_memory(directory, weights, dtype, device)
+    fits = check_memory(directory, weights, dtype, device)
     weights = {name: convert_floats(weight, dtype, device)
                for name, weight in with_progress(weights)}
     model = assemble(raw, weights)
     del weights  # so that `tune` can release each weight that it replaces
-    model = tune(model)
+    model = tune(model, may_copy=fits)
     return tokenizer, reduce_outputs(model) if dist.is_initialized() else model
 
 
-def tune(model):
+def tune(model, may_copy=True):
     """Make the linear layers of a model fast on this CPU; returns the model.
 
-    This is the only machine-specific code. It changes results by rounding only.
+    4-bit weights are copied, which needs as much memory; without `may_copy` they stay as they are.
+    No other code chooses operations for a CPU. The choices change results by rounding only.
     """
     if not model.lm_head.weight.is_cpu:
         return model
     layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear)]
-    if layers and all(map(TunedInt4Linear.fits, layers)):
+    if may_copy and layers and all(map(TunedInt4Linear.fits, layers)):
         repack(model)
     for module in model.modules():
         if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
@@ -341,13 +342,13 @@ def repack(model):
         weight.data = weight.data.clone()
 
 
-# Measured on 2 cores of an AMD EPYC with AVX-512 and bfloat16 arithmetic, and with only its AVX2
-# instructions. In float32, oneDNN's product takes 0.4–0.9 of the time of F.linear for 1 to 128 rows
-# of a weight of 3584 × 1024 or 1024 × 3584, and 0.8–1.0 for 512. For few weights it is slower.
+# These ranges were measured on 2 cores of an AMD EPYC, with AVX-512 and when restricted to AVX2. In
+# float32, oneDNN's product takes 0.4–0.9 of the time of F.linear for 1 to 128 rows and weights of
+# 3584 × 1024 or 1024 × 3584, and 0.8–1.0 for 512 rows. For small matrices it is slower.
 SMALL = 2**18
-# Without arithmetic for 16-bit floats, this CPU multiplies them at 40 GFLOP/s, and float32 at 200.
-# With weights widened to float32, a product takes 0.9–1.0 of the time for 5 rows, 0.6–0.8 for 8 and
-# 0.5 for 16. Widening 2²² weights at a time reuses the same memory.
+# When restricted to AVX2, the CPU multiplies 16-bit floats at 40 GFLOP/s, and float32 at 200. To
+# widen the weights to float32 first takes 0.9–1.0 of the time of the 16-bit product for 5 rows,
+# 0.6–0.8 for 8 and 0.5 for 16. Widening 2²² weights at a time reuses the same memory.
 WIDEN_ROWS, BLOCK = 5, 2**22
 
 
@@ -374,7 +375,7 @@ def has_arithmetic(dtype):
 
 
 def product(x, weight):
-    """F.linear(x, weight); large float32 weights go to oneDNN, which computes no gradients."""
+    """F.linear(x, weight), by oneDNN for large float32 weights if no gradient is needed."""
     if (weight.dtype != torch.float32 or weight.numel() < SMALL
             or x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
@@ -382,7 +383,7 @@ def product(x, weight):
 
 
 def matrix_vector_product(weight, x):
-    """weight·x for 16-bit or few weights.
+    """weight·x for 16-bit weights or a small matrix.
 
     For 384 × 192 float32 weights, vecdot takes 0.7–0.8 of the time of mv. For 16-bit weights, the
     kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of the time of oneDNN's.
@@ -401,11 +402,11 @@ def matrix_vector_product(weight, x):
 class TunedInt4Linear(nn.Module):
     """A 4-bit layer repacked for PyTorch's CPU kernel, which takes bfloat16 only.
 
-    On 2 cores of an EPYC with AVX2 alone, the kernel multiplies 13 G weights/s for one row, and the
-    product of bfloat16 weights 9. On one with AVX-512, a model decodes 1.4 times as fast in 4 bits
-    as in bfloat16. Up to 64 rows the kernel is faster than a product with unpacked weights, and for
-    256 rows it takes 1.2 of the time. An expert gets 128 rows of a chunk of 512 tokens, so the
-    kernel is used for any rows.
+    On an EPYC with AVX-512, a model decodes 1.4 times as fast in 4 bits as in bfloat16. When the
+    same CPU is restricted to AVX2, it decodes at 0.85 of the rate, and on another EPYC without
+    AVX-512, at 1.2 times the rate. Up to 64 rows the kernel is faster than a product with unpacked
+    weights, and for 256 rows it takes 1.2 times as long. An expert gets 128 rows of a chunk of 512
+    tokens on average, so the kernel is used for any number of rows.
     """
 
     def __init__(self, layer):
@@ -425,8 +426,9 @@ class TunedInt4Linear(nn.Module):
                 and 8 * words // groups in (32, 64, 128, 256))
 
     def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.reshape(-1, x.shape[-1]), self.packed, self.group_size, self.scale_and_zero)
+            rows, self.packed, self.group_size, self.scale_and_zero)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -456,7 +458,7 @@ def free_memory(device):
 
 
 def check_memory(directory, weights, dtype, device):
-    """Compare the weights with the free memory. Raises ValueError if they cannot fit."""
+    """Whether the weights fit into the free memory. Raises ValueError if they do not but must."""
     stored = sum(weight.nbytes for weight in weights.values())
     kept = dtype is None and device == "cpu"
     needed = stored if dtype is None else sum(
@@ -465,14 +467,14 @@ def check_memory(directory, weights, dtype, device):
     if free is not None and device == "cpu":  # the ranks of this machine share its memory
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     if free is None or needed <= free:
-        return
+        return True
     facts = f"{directory}: {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"
     if kept:
         print(f"[{facts}; the weights stay on disk and are read again for every token, which is "
               "slow; use a machine with more memory]", file=sys.stderr)
-    else:
-        raise ValueError(f"{facts} on {device}; on a CPU without --dtype the weights stay on disk "
-                         f"({stored / 1e9:.1f} GB); otherwise use a larger machine")
+        return False
+    raise ValueError(f"{facts} on {device}; on a CPU without --dtype the weights stay on disk "
+                     f"({stored / 1e9:.1f} GB); otherwise use a larger machine")
 
 
 # In chunks of 256, 512 and 1,024 tokens, a model of 0.79 billion parameters reads 2,048 tokens at

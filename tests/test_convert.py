@@ -526,6 +526,7 @@ def test_overwrite_replaces_a_checkpoint_when_the_new_one_is_complete(
 DYING = """
 import os, signal, sys
 import convert
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have ignored it
 real = convert.write_safetensors
 def dying(*arguments):
     real(*arguments)

@@ -687,6 +687,18 @@ def test_weights_must_fit_into_the_free_memory_unless_they_stay_on_disk(
     assert (told.count("\n") == 1 and "stay on disk" in told) if fits is None else told == ""
 
 
+def test_4_bit_weights_are_copied_only_if_they_fit_into_the_free_memory(monkeypatch, tmp_path):
+    sizes = {"dtype": torch.bfloat16, "hidden_size": 32, "intermediate_size": 32}
+    model = random_model(**SMALL | sizes)
+    save(model, tmp_path, **int4_scheme(32))
+    write_safetensors(tmp_path / "model.safetensors", with_int4_experts(model, 32))
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    for free, kind in ((None, program.TunedInt4Linear), (1000, Int4Linear)):
+        monkeypatch.setattr(program, "free_memory", lambda device, free=free: free)
+        _, loaded = load(tmp_path)
+        assert type(loaded.model.layers[0].block_sparse_moe.experts[0].w1) is kind
+
+
 def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
     monkeypatch.setattr(program, "free_memory", lambda device: 2_000_000)
     monkeypatch.setattr(program.dist, "is_initialized", lambda: True)

@@ -408,6 +408,7 @@ def test_the_tuned_layer_is_the_plain_one_but_for_rounding(M, D, G):
             assert y.dtype == torch.bfloat16 and y.shape == (rows, M)
             assert ((y.double() - wanted).abs() <= bound * 2**-8 + wanted.abs() * 2**-8).all()
     assert tuned(x.view(3, 100, D)).shape == (3, 100, M)
+    assert torch.equal(tuned(x.mT.contiguous().mT), tuned(x))  # any memory layout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])

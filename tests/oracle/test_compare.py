@@ -195,7 +195,7 @@ def test_a_flip_at_a_near_tie_is_no_error_and_one_by_a_margin_is(
     def flipped(logits, top_k):
         weights, chosen = original(logits, top_k)
         if next(calls) == 1:
-            assert chosen[6, 1] == second
+            assert chosen[6, 1] == second or gap < 1e-7  # a tie in float32
             chosen[6, 1] = third
             weights = logits.gather(1, chosen).softmax(-1)
         return weights, chosen

@@ -192,6 +192,7 @@ CHANGES["generate.py"] = [
      "weight.requires_grad"),
     ("a product gives its weight no gradient", "x.requires_grad or weight.requires_grad",
      "x.requires_grad"),
+    ("4-bit weights are copied into too little memory", "if may_copy and layers", "if layers"),
     ("oneDNN stays disabled", "torch.backends.mkldnn.enabled = True", "pass"),
     ("oneDNN is enabled for a user who disabled it", "if not torch.backends.mkldnn.enabled:",
      "if False:"),
@@ -373,7 +374,7 @@ CHANGES["generate.py 4 bits"] = [
     ("the kernel's zero is 7", "torch.ones_like(scale)).int() + 8",
      "torch.ones_like(scale)).int() + 7"),
     ("the kernel with any dtype", "layer.weight_scale.dtype == torch.bfloat16 and", "True and"),
-    ("the kernel is not used", "if layers and all(map(TunedInt4Linear.fits, layers)):",
+    ("the kernel is not used", "if may_copy and layers and all(map(TunedInt4Linear.fits, layers)):",
      "if False:"),
 ]
 
