@@ -392,8 +392,8 @@ def matrix_vector_product(weight, x):
         return torch.linalg.vecdot(weight, x)
     if not torch.backends.mkldnn.enabled:
         return torch.mv(weight, x)
-    torch.backends.mkldnn.enabled = False
     try:
+        torch.backends.mkldnn.enabled = False
         return torch.mv(weight, x)
     finally:
         torch.backends.mkldnn.enabled = True
@@ -478,8 +478,8 @@ def check_memory(directory, weights, dtype, device):
 
 
 # In chunks of 256, 512 and 1,024 tokens, a model of 0.79 billion parameters reads 2,048 tokens at
-# 243, 280 and 281 tokens/s in float32, and at 214, 225 and 250 in bfloat16. An expert gets a
-# quarter of the tokens of a chunk.
+# 338, 390 and 395 tokens/s in float32, and at 534, 565 and 576 in bfloat16, with AVX-512. When the
+# CPU is restricted to AVX2, the rates are 307, 323 and 312, and 278, 302 and 305.
 CHUNK = 512
 
 

@@ -132,6 +132,13 @@ def test_every_part_of_the_benchmark_runs_and_measures_something(beside):
     assert "prefill 8, bfloat16" in labels and "llama.cpp Q8_0" in labels
 
 
+def test_the_memory_of_a_short_call_is_watched_too():
+    side = benchmark.Side(benchmark.Machine)
+    side("read_rate", 64, watch=True)
+    side.close()
+    assert side.peak > 0
+
+
 def test_a_ratio_is_how_many_times_as_fast_or_small_this_project_is():
     rate = benchmark.Row("", "tokens/s", {"this": 30, "other": 20})
     seconds = benchmark.Row("", "s", {"this": 2, "other": 3})
