@@ -73,7 +73,7 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
     tensor(1)
     """
     check_sampling(temperature, top_p)
-    if not logits.amax(dim=-1).isfinite().all():
+    if not all(map(math.isfinite, logits.amax(dim=-1).flatten().tolist())):
         raise ValueError("the logits are NaN or infinite; the weights are damaged, or the dtype is "
                          "too narrow for them")
     if temperature == 0:
@@ -151,11 +151,11 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
         tokens = draw(logits, temperature, top_p, generators)  # (B)
         if is_sharded(model):
             dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
+        drawn = tokens.tolist()
         tokens = tokens[:, None]  # (B, 1)
         known = [None] * len(prompts)
         if logprobs:
             known = logits.double().log_softmax(-1).gather(1, tokens)[:, 0].tolist()
-        drawn = tokens[:, 0].tolist()
         yield [pair if lives else None
                for pair, lives in zip(zip(drawn, known, strict=True), alive, strict=True)]
         alive = [lives and token != eos_id for lives, token in zip(alive, drawn, strict=True)]
@@ -359,7 +359,7 @@ class TunedLinear(nn.Linear):
         weight, rows = self.weight, x.numel() // self.in_features
         narrow = weight.dtype.itemsize < 4
         if rows == 1 and (narrow or weight.numel() < SMALL):
-            return matrix_vector_product(weight, x.view(-1)).view(*x.shape[:-1], -1)
+            return matrix_vector_product(weight, x).view(*x.shape[:-1], -1)
         if not narrow or rows < WIDEN_ROWS or has_arithmetic(weight.dtype):
             return product(x, weight)
         wide = at_least_float32(x)
@@ -389,12 +389,12 @@ def matrix_vector_product(weight, x):
     kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of the time of oneDNN's.
     """
     if weight.dtype.itemsize >= 4:
-        return torch.linalg.vecdot(weight, x)
+        return (weight * x).sum(dim=-1)
     if not torch.backends.mkldnn.enabled:
-        return torch.mv(weight, x)
+        return torch.mv(weight, x.view(-1))
     try:
         torch.backends.mkldnn.enabled = False
-        return torch.mv(weight, x)
+        return torch.mv(weight, x.view(-1))
     finally:
         torch.backends.mkldnn.enabled = True
 
@@ -488,7 +488,7 @@ def new_cache(model, rows, length):
     check_integer("the length of a text", length)
     one = model.new_cache(1, 1)
     slots = min(length, (model.config.sliding_window or length) + CHUNK - 1)
-    needed, free = rows * slots * 2 * one.keys.nbytes, free_memory(one.keys.device)
+    needed, free = rows * slots * one.keys_and_values.nbytes, free_memory(one.positions.device)
     free = from_first_rank(free) if is_sharded(model) else free
     if free is not None and needed > free:
         raise ValueError(f"{rows} rows of {length} tokens need {needed / 1e9:.1f} GB of cache, but "
@@ -741,7 +741,7 @@ class Timer:
         read = read if self.steps else 0
         prefill = read / max(self.first - self.start, 1e-9)
         decode = max(written - rows, 0) / max(self.last - self.first, 1e-9)
-        size = (cache.keys.nbytes + cache.values.nbytes) / 1e6
+        size = cache.keys_and_values.nbytes / 1e6
         return (f"[{read} tokens read, {prefill:.0f} tokens/s; {written} written, {decode:.0f} "
                 f"tokens/s; cache {size:.1f} MB, peak memory {peak_memory() / 1e6:.0f} MB]")
 

@@ -37,8 +37,7 @@ least float32. RMSNorm and rotation round to the dtype of the weights, and RMSNo
 multiplies by its weight. The softmax is not rounded, and the sum is rounded once, when it is
 complete. In a float64 model every floating-point number is float64.
 
-A paragraph that begins with "Difference:" names a result that differs from the released code by
-more than rounding.
+"Difference:" begins a paragraph on a result that differs from the released code's beyond rounding.
 
 Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
 (arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
@@ -158,8 +157,7 @@ class SparseMoE(nn.Module):
 
     An expert takes every token that chose it, so no token is dropped. Some other implementations
     give every expert a buffer for a fixed number of tokens, which is a capacity factor times the
-    average A·N/E. A token that finds the buffer full is dropped: it misses the output of that
-    expert.
+    average A·N/E. A token that finds the buffer full is dropped: it misses that expert's output.
     """
 
     def __init__(self, config):
@@ -173,10 +171,10 @@ class SparseMoE(nn.Module):
         weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
         y = torch.zeros_like(at_least_float32(tokens))  # (N, D)
         for e in sorted(set(chosen.flatten().tolist())):
-            token, column = torch.where(chosen == e)  # (R), (R)
+            token, column = (chosen == e).nonzero(as_tuple=True)  # (R), (R)
             output = self.experts[e](tokens[token])  # (R, D)
             y.index_add_(0, token, weights[token, column, None] * output)  # y[token] += …
-        return y.to(x.dtype).view_as(x)
+        return y.to(x.dtype).view(x.shape)
 
 
 class RMSNorm(nn.Module):
@@ -184,8 +182,7 @@ class RMSNorm(nn.Module):
 
     (..., D) -> (..., D)
 
-    As in the released code, the quotient is rounded to the dtype of x before the product, and the
-    product is rounded once more.
+    As in the released code, the quotient is rounded to the dtype of x before it is multiplied.
     """
 
     def __init__(self, D, eps):
@@ -221,9 +218,8 @@ def rotate(x, cos, sin):
     x[2i+1]. Hugging Face checkpoints store the rows of q_proj and k_proj in an order that pairs
     halves instead. The products q·k are the same.
     """
-    first, second = at_least_float32(x).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    first, second = at_least_float32(x).tensor_split(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def visible(queries, keys, window):
@@ -245,22 +241,35 @@ def visible(queries, keys, window):
     return mask if window is None else mask & (j > i - window)
 
 
+def attend(q, k, v, mask):
+    """softmax(q·kᵀ/√d + mask)·v, with grouped queries (Mistral 7B, section 2).
+
+    q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S·H/K, T) -> (B, S, H·d)
+
+    The mask holds 0 where a query sees a key, and −∞ elsewhere. Query head h uses key/value head
+    h // (H/K), so H/K neighbouring query heads share one. They attend to the same keys, so they are
+    treated as H/K queries of one head. In bfloat16, PyTorch computes scores and softmax in float32
+    and may round the probabilities to bfloat16.
+    """
+    (B, S, H, d), K = q.shape, k.shape[2]
+    q = q.view(B, S, K, H // K, d).transpose(1, 2).flatten(2, 3)  # (B, K, S·H/K, d)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, d)
+    mixed = F.scaled_dot_product_attention(q, k, v, mask)  # (B, K, S·H/K, d)
+    return mixed.view(B, K, S, H // K, d).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
-    """softmax(q·kᵀ/√d)·v over the visible keys, with grouped queries (Mistral 7B, section 2).
+    """o_proj·attend(q, k, v), where q = q_proj·x and k = k_proj·x are rotated and v = v_proj·x.
 
     (B, S, D) -> (B, S, D)
 
-    Query head h uses key/value head h // (H/K), so H/K neighbouring query heads share one.
-    `remember` receives the new keys and values and returns all keys and values to attend to. With a
-    cache these include earlier tokens. In bfloat16, PyTorch computes scores and softmax in float32
-    and may round the probabilities to bfloat16.
+    `remember` takes the new keys and values and returns all to attend to, also those of a cache.
     """
 
     def __init__(self, config):
         super().__init__()
-        D, d = config.hidden_size, config.head_dim
-        H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = d
+        H, K, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, self.head_dim = config.hidden_size, d
         self.q_proj = nn.Linear(D, H * d, bias=False)
         self.k_proj = nn.Linear(D, K * d, bias=False)
         self.v_proj = nn.Linear(D, K * d, bias=False)
@@ -272,9 +281,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(split), cos, sin)  # (B, S, K, d)
         v = self.v_proj(x).view(split)  # (B, S, K, d)
         k, v = remember(k, v)  # (B, T, K, d)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # heads before positions
-        mixed = F.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, mask))
 
 
 class Block(nn.Module):
@@ -314,7 +321,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens, lengths, cache=None):
-        B, S = tokens.shape
+        (B, S), c = tokens.shape, self.config
         positions = torch.arange(S, device=tokens.device).expand(B, S)
         if cache is None:
             key_positions, remember = positions, (lambda layer, k, v: (k, v))
@@ -322,9 +329,12 @@ class Decoder(nn.Module):
             positions = positions + cache.lengths[:, None]
             key_positions, remember = cache.extend(positions, lengths)
         x = self.embed_tokens(tokens)  # (B, S, D)
-        angles = rotation(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotation(positions, c.head_dim, c.rope_theta)
         cos, sin = (part.to(at_least_float32(x).dtype) for part in angles)
-        mask = visible(positions, key_positions, self.config.sliding_window)  # (B, S, T)
+        seen = visible(positions, key_positions, c.sliding_window)  # (B, S, T)
+        mask = seen.to(x.dtype).log()[:, None]  # (B, 1, S, T); log 1 = 0, log 0 = −∞
+        group = c.num_attention_heads // c.num_key_value_heads
+        mask = mask.repeat_interleave(group, dim=2)  # (B, 1, S·H/K, T)
         for n, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, partial(remember, n))
         return self.norm(x)
@@ -349,19 +359,18 @@ class Mixtral(nn.Module):
             raise ValueError("new_cache: batch_size, max_length and chunk must be integers >= 1, "
                              f"got {batch_size!r}, {max_length!r} and {chunk!r}")
         C = min(max_length, (c.sliding_window or max_length) + chunk - 1)
-        shape = (c.num_hidden_layers, batch_size, C, c.num_key_value_heads, c.head_dim)
+        shape = (c.num_hidden_layers, 2, batch_size, C, c.num_key_value_heads, c.head_dim)
         positions = torch.full((batch_size, C), -1, device=weight.device)
-        return Cache(weight.new_zeros(shape), weight.new_zeros(shape), positions, max_length, chunk)
+        return Cache(weight.new_zeros(shape), positions, max_length, chunk)
 
     def forward(self, tokens, cache=None, lengths=None, last_only=False):
         """The logits (B, S, V), or with `last_only` (B, 1, V), widened to at least float32.
 
         With a cache, every row continues where its earlier calls ended, and the tokens are read in
         chunks of `cache.chunk`. `lengths` (B) is the number of real tokens of each row; the tokens
-        after them are padding. Padding follows the real tokens, so causality hides it from them.
-        The cache does not store it, and its logits mean nothing. A short row therefore gives what
-        it would give alone, up to rounding. `last_only` selects the last real token of each row;
-        the logits of a row without real tokens mean nothing.
+        after them are padding. No real token sees the padding, and the cache does not store it. A
+        short row therefore gives what it would give alone, up to rounding. `last_only` selects the
+        last real token of each row. The logits of padding or of an empty row mean nothing.
         """
         check_tokens(tokens, self.config.vocab_size)
         B, S = tokens.shape
@@ -394,11 +403,10 @@ class Mixtral(nn.Module):
 class Cache:
     """The rolling buffer (Mistral 7B, section 2): position p is stored in slot p mod C.
 
-    keys (L, B, C, K, d), values (L, B, C, K, d), positions (B, C)
+    keys_and_values (L, 2, B, C, K, d), positions (B, C)
 
     `positions` holds the position in each slot, and −1 in an empty slot. If 300 tokens are read
-    one by one into C = 128 slots, slot 3 ends up with position 259 = 2·128 + 3; it held 3 and 131
-    before.
+    one by one into C = 128 slots, slot 3 holds position 3, then 131, and finally 259 = 2·128 + 3.
 
     Mixtral.forward reads `chunk` tokens at a time, and stores them before their queries attend. If
     all max_length tokens fit into W + chunk − 1 slots, or if there is no window, C = max_length and
@@ -407,8 +415,7 @@ class Cache:
     overwrite older ones. The queries of the chunk need positions from p − W + 1 on.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys_and_values: Tensor
     positions: Tensor
     max_length: int
     chunk: int
@@ -424,21 +431,21 @@ class Cache:
         positions (B, S), lengths (B) -> (B, T)
 
         Returns the positions to attend to, and a function `remember(layer, k, v)` that stores k and
-        v (B, S, K, d) and returns all keys and values to attend to (B, T, K, d). Padding is not
+        v (B, S, K, d) and returns all keys and values to attend to (2, B, T, K, d). Padding is not
         stored, so whatever it holds, even NaN, cannot reach a later query.
         """
         C, S = self.positions.shape[1], positions.shape[1]
         real = torch.arange(S, device=positions.device) < lengths[:, None]  # (B, S)
         row, column = torch.where(real)
-        slot = positions[row, column] % C
-        self.positions[row, slot] = positions[row, column]
-        longest = int(self.lengths.max())  # the new tokens included
-        T = min(C, max(1, longest))  # the slots from T on are empty
+        position = positions[row, column]
+        slot = position % C
+        self.positions[row, slot] = position
+        T = min(C, max(0, int(self.positions.max())) + 1)  # the slots from T on are empty
 
         def remember(layer, k, v):
-            self.keys[layer, row, slot] = k[row, column]
-            self.values[layer, row, slot] = v[row, column]
-            return self.keys[layer, :, :T], self.values[layer, :, :T]
+            stored = self.keys_and_values[layer]
+            stored[:, row, slot] = torch.stack((k, v))[:, row, column]
+            return stored[:, :, :T]
 
         return self.positions[:, :T], remember
 
@@ -462,9 +469,7 @@ def read_json(path):
 
 
 def read_rope_theta(raw, default):
-    """The rope_theta of a config.json. Raises ValueError if the rotation is scaled or the model is
-    not a Mixtral.
-    """
+    """The rope_theta of a config.json. Raises ValueError for scaled rotation or another model."""
     rope = {"rope_theta": raw.get("rope_theta", default)}
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(name), dict | None):
@@ -494,14 +499,13 @@ def check_config(config):
         elif kind is int or (optional and value is not None):
             check(name, f"an integer in {low} … {2**20}{' or null' if optional else ''}",
                   type(value) is int and low <= value <= 2**20)
-    D, H, E = c.hidden_size, c.num_attention_heads, c.num_local_experts
+    D, d, E = c.hidden_size, c.head_dim, c.num_local_experts
+    H, K = c.num_attention_heads, c.num_key_value_heads
     check("num_local_experts", f"<= {2**14} / num_hidden_layers", E * c.num_hidden_layers <= 2**14)
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
-    check("num_key_value_heads", f"a divisor of num_attention_heads {H}",
-          H % c.num_key_value_heads == 0)
-    check("hidden_size", f"an even multiple of num_attention_heads {H}",
-          c.head_dim or D % (2 * H) == 0)
-    check("head_dim", "even", c.head_dim is None or c.head_dim % 2 == 0)
+    check("num_key_value_heads", f"a divisor of num_attention_heads {H}", H % K == 0)
+    check("hidden_size", f"an even multiple of num_attention_heads {H}", d or D % (2 * H) == 0)
+    check("head_dim", "even", d is None or d % 2 == 0)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
     check("tie_word_embeddings", "false", c.tie_word_embeddings is False)
 
@@ -511,9 +515,8 @@ def check_tokens(tokens, V):
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or tokens.numel() == 0:
         raise ValueError("tokens must be int64 of shape (B, S) with at least one token, got "
                          f"{tokens.dtype} of shape {tuple(tokens.shape)}")
-    for token in (tokens.min().item(), tokens.max().item()):
-        if not 0 <= token < V:
-            raise ValueError(f"tokens must be in 0 … {V - 1}, got {token}")
+    if wrong := [token for row in tokens.tolist() for token in row if not 0 <= token < V]:
+        raise ValueError(f"tokens must be in 0 … {V - 1}, got {wrong[0]}")
 
 
 def check_lengths(lengths, B, S, cache):
@@ -542,9 +545,6 @@ def weight_files(directory):
     return files
 
 
-FLOAT_WEIGHTS = (".weight", ".weight_scale")
-
-
 def read_weights(files):
     """All tensors of some safetensors files by name. They are memory-mapped.
 
@@ -560,7 +560,7 @@ def read_weights(files):
         for name, tensor in tensors.items():
             if name in weights:
                 raise ValueError(f"{file}: {name} is in an earlier file too")
-            if not tensor.is_floating_point() and name.endswith(FLOAT_WEIGHTS):
+            if not tensor.is_floating_point() and name.endswith((".weight", "_scale")):
                 raise ValueError(f"{file}: {name} must be floating-point, got {tensor.dtype}")
         weights |= tensors
     return weights

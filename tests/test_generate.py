@@ -724,7 +724,7 @@ def test_a_cache_must_fit_into_the_free_memory(monkeypatch, window, rows, length
     model = random_model(sliding_window=window)
     monkeypatch.setattr(program, "free_memory", lambda device: None)
     cache = program.new_cache(model, rows, length)
-    size = cache.keys.nbytes + cache.values.nbytes
+    size = cache.keys_and_values.nbytes
     monkeypatch.setattr(program, "free_memory", lambda device: size)
     program.new_cache(model, rows, length)
     monkeypatch.setattr(program, "free_memory", lambda device: size - 1)
@@ -801,7 +801,8 @@ def test_the_outputs_of_all_ranks_add_up_to_those_of_the_whole_model(ranks, int4
     tokens = torch.arange(24).view(2, 12)
     difference = assemble(raw, weights)(tokens) - parts[0](tokens)
     assert difference.abs().max() < 1e-12
-    assert parts[0].new_cache(1, 9).keys.numel() * ranks == model.new_cache(1, 9).keys.numel()
+    part, whole = (m.new_cache(1, 9).keys_and_values.numel() for m in (parts[0], model))
+    assert part * ranks == whole
 
 
 @pytest.mark.parametrize("changes, ranks, message", [

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixtral
 from convert import write_safetensors
 from mixtral import (
-    Attention,
     Mixtral,
     MixtralConfig,
     RMSNorm,
     SparseMoE,
     at_least_float32,
+    attend,
     rotate,
     rotation,
     route,
@@ -324,46 +324,39 @@ def test_a_query_sees_w_keys_including_its_own(window, start):
         assert seen == list(range(max(0, i + 1 - (window or i + 1)), i + 1))
 
 
-def mixed_values(attention, x, positions, mask):
-    """What attention gives to o_proj, and q, k and v as it used them: (B, H or K, S, d)."""
-    B, S, d, mixed = *x.shape[:2], attention.head_dim, []
-    angles = rotation(positions, d, 100.0)
-    angles = [part.to(at_least_float32(x).dtype) for part in angles]
-    hook = attention.o_proj.register_forward_pre_hook(lambda m, args: mixed.append(args[0]))
-    attention(x, *angles, mask, lambda k, v: (k, v))
-    hook.remove()
-    q, k, v = (project(x).view(B, S, -1, d) for project in
-               (attention.q_proj, attention.k_proj, attention.v_proj))
-    parts = (rotate(q, *angles), rotate(k, *angles), v)
-    return mixed[0].view(B, S, -1, d).transpose(1, 2), [part.transpose(1, 2) for part in parts]
+def added(seen, ratio, dtype):
+    """The mask of `attend` for what queries see (B, S, T), spelled out: (B, 1, S·H/K, T)."""
+    rows = [[0.0 if lit else -math.inf for lit in row] for row in seen.flatten(0, 1).tolist()
+            for _ in range(ratio)]
+    return torch.tensor(rows, dtype=dtype).view(len(seen), 1, -1, seen.shape[2])
 
 
-def explicit(q, k, v, mask):
-    """softmax(q·kᵀ/√d + mask)·v in float64, with the key/value heads repeated."""
-    ratio = q.shape[1] // k.shape[1]
-    q, k, v = q.double(), *(x.double().repeat_interleave(ratio, dim=1) for x in (k, v))
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~mask[:, None], -math.inf).softmax(-1) @ v
+def explicit(q, k, v, seen):
+    """softmax(q·kᵀ/√d)·v over the keys that are seen, in float64, head by head: (B, S, H·d)."""
+    heads, ratio = [], q.shape[2] // k.shape[2]
+    for h in range(q.shape[2]):
+        scores = q[:, :, h].double() @ k[:, :, h // ratio].double().mT / math.sqrt(q.shape[-1])
+        mass = scores.masked_fill(~seen, -math.inf).softmax(-1)
+        heads.append(mass @ v[:, :, h // ratio].double())
+    return torch.cat(heads, dim=-1)
 
 
 @pytest.mark.parametrize("H, K", [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (4, 2)])
 @pytest.mark.parametrize("window", [None, 3])
-def test_attention_is_the_explicit_formula_with_key_value_heads_repeated(H, K, window):
-    model = random_model(num_attention_heads=H, num_key_value_heads=K)
-    attention, positions = model.model.layers[0].self_attn, torch.arange(7).expand(2, 7)
-    mask = visible(positions, positions, window)
-    got, parts = mixed_values(attention, randn(2, 7, 24), positions, mask)
-    assert relative_error(got, explicit(*parts, mask)) < 1e-14
+def test_attention_is_the_explicit_formula_for_every_head(H, K, window):
+    S, T = torch.arange(4, 9).expand(2, 5), torch.arange(9).expand(2, 9)
+    q, k, v = randn(2, 5, H, 4, seed=1), *randn(2, 2, 9, K, 4, seed=2)
+    seen = visible(S, T, window)
+    got = attend(q, k, v, added(seen, H // K, q.dtype))
+    assert relative_error(got, explicit(q, k, v, seen)) < 1e-14
 
 
 def test_query_head_13_of_32_uses_key_value_head_3_of_8():
     """Only key/value head 3 has values that are not zero; query heads 12 to 15 notice."""
-    attention = Attention(MixtralConfig(hidden_size=64, head_dim=2)).double()
-    attention.v_proj.weight.zero_()[3 * 2:4 * 2] = 1
-    positions = torch.arange(4)[None]
-    mixed, _ = mixed_values(attention, randn(1, 4, 64), positions,
-                            visible(positions, positions, None))
-    assert mixed.abs().amax(dim=(0, 2, 3)).nonzero()[:, 0].tolist() == [12, 13, 14, 15]
+    q, k, v = randn(1, 5, 32, 2), randn(1, 7, 8, 2), torch.zeros(1, 7, 8, 2).double()
+    v[:, :, 3] = 1
+    mixed = attend(q, k, v, torch.zeros(1, 1, 5 * 4, 7).double()).view(1, 5, 32, 2)
+    assert mixed.abs().amax(dim=(0, 1, 3)).nonzero()[:, 0].tolist() == [12, 13, 14, 15]
 
 
 # ---------------------------------------------------------------- cache
@@ -391,8 +384,9 @@ def test_slot_s_holds_the_latest_position_that_is_s_mod_c(W, chunk, data):
             lengths[row] += length
     stored = torch.tensor(slots)
     assert torch.equal(cache.positions, stored) and cache.lengths.tolist() == lengths
-    assert torch.equal(cache.keys[1], stored.clamp(0)[:, :, None, None].expand(2, C, 2, 4))
-    assert torch.equal(cache.values, -cache.keys) and not cache.keys[0].any()
+    keys, values = cache.keys_and_values[1]
+    assert torch.equal(keys, stored.clamp(0)[:, :, None, None].expand(2, C, 2, 4))
+    assert torch.equal(values, -keys) and not cache.keys_and_values[0].any()
 
 
 def test_slot_3_of_128_holds_position_259_after_300_single_tokens():
@@ -430,9 +424,11 @@ def test_only_the_slots_in_use_are_read():
 def test_the_cache_stops_growing_at_the_window():
     model = random_model(sliding_window=128)
     small, large = (model.new_cache(1, length) for length in (500, 2000))
-    assert small.keys.shape == large.keys.shape == (2, 1, 128 + 256 - 1, 2, 4)
-    assert model.new_cache(1, 9).keys.shape[2] == 9
-    assert random_model(sliding_window=None).new_cache(1, 700).keys.shape[2] == 700
+    assert small.keys_and_values.shape == (2, 2, 1, 128 + 256 - 1, 2, 4)
+    assert large.keys_and_values.shape == small.keys_and_values.shape
+    assert model.new_cache(1, 9).keys_and_values.shape[3] == 9
+    model = random_model(sliding_window=None)
+    assert model.new_cache(1, 700).keys_and_values.shape[3] == 700
 
 
 # ---------------------------------------------------------------- precision
@@ -556,11 +552,11 @@ def test_a_float32_angle_near_position_30000_is_wrong_by_up_to_2e_3_radians():
 
 @NARROW
 def test_attention_rounds_only_probabilities_and_its_result(dtype):
-    attention = random_model(dtype=dtype).model.layers[0].self_attn
-    positions = torch.arange(40).expand(2, 40)
-    mask = visible(positions, positions, 30)
-    got, (q, k, v) = mixed_values(attention, randn(2, 40, 24).to(dtype), positions, mask)
-    exact, mass = explicit(q, k, v, mask), explicit(q, k, v.abs(), mask)
+    q, k, v = (randn(2, 40, heads, 4, seed=heads + n, dtype=dtype) for n, heads in
+               enumerate((6, 2, 2)))
+    seen = visible(*2 * [torch.arange(40).expand(2, 40)], 30)
+    got = attend(q, k, v, added(seen, 3, dtype))
+    exact, mass = explicit(q, k, v, seen), explicit(q, k, v.abs(), seen)
     assert got.dtype == dtype
     assert is_rounded_once(got, exact, (torch.finfo(dtype).eps / 2 + 2e-6) * mass)
 
@@ -572,7 +568,7 @@ def test_logits_are_the_narrow_product_widened(dtype):
     logits = model(torch.arange(9)[None])
     assert logits.dtype == torch.float32 and hidden[0].dtype == dtype
     assert torch.equal(logits, torch.nn.functional.linear(hidden[0], model.lm_head.weight).float())
-    assert model.new_cache(1, 5).keys.dtype == dtype
+    assert model.new_cache(1, 5).keys_and_values.dtype == dtype
 
 
 # ---------------------------------------------------------------- 4-bit weights

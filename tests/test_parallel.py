@@ -110,7 +110,7 @@ def readings(model):
         torch.cat([model(text[:, t:t + 1], steps) for t in range(12)], dim=1),
         *(row[:n] for row, n in zip(first, lengths, strict=True)),
         *(row[:n] for row, n in zip(second, more, strict=True))]
-    return {"logits": found, "cache": steps.keys.shape}
+    return {"logits": found, "cache": steps.keys_and_values.shape}
 
 
 def dtype_of(directory):
@@ -215,7 +215,7 @@ def test_each_rank_holds_its_share_of_every_divided_weight_and_of_the_cache(meas
                 wanted[SPLIT[layer]] //= ranks
             assert list(one["shapes"][weight]) == wanted
         cache = list(measured[name, 1][0]["cache"])
-        cache[3] //= ranks  # (L, B, C, K, d)
+        cache[4] //= ranks  # (L, 2, B, C, K, d)
         assert list(one["cache"]) == cache
 
 

@@ -116,8 +116,8 @@ class Recorder:
         (B, S, H, d), K = q.shape, self.keys.shape[2]
         rows = (at_least_float32(q) / math.sqrt(d)).transpose(1, 2).reshape(B, K, -1, d)
         keys = at_least_float32(self.keys).transpose(1, 2)  # (B, K, T, d)
-        scores = (rows @ keys.mT).view(B, H, S, -1)
-        scores = scores.masked_fill(~self.mask[:, None], -math.inf)
+        mask = self.mask[:, :, ::H // K]  # (B, 1, S, T)
+        scores = (rows @ keys.mT).view(B, H, S, -1) + mask
         self.keep(f"{name}.scores", scores)
         self.keep(f"{name}.probabilities", scores.softmax(dim=-1))
 

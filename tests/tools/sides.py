@@ -122,7 +122,7 @@ class Ours(Language):
 
     def cache_size(self, length):
         cache = self.model.new_cache(1, length)
-        return cache.keys.nbytes + cache.values.nbytes
+        return sum(x.nbytes for x in vars(cache).values() if torch.is_tensor(x) and x.ndim > 2)
 
 
 class Transformers(Language):
