@@ -146,22 +146,23 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     if cache is None:
         cache = new_cache(model, len(prompts), tokens.shape[1] + max_new_tokens)
     alive = [True] * len(prompts)
-    for _ in range(max_new_tokens):
-        logits = model(tokens, cache, lengths, last_only=True)[:, 0]  # (B, V)
-        tokens = draw(logits, temperature, top_p, generators)  # (B)
-        if is_sharded(model):
-            dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
-        drawn = tokens.tolist()
-        tokens = tokens[:, None]  # (B, 1)
-        known = [None] * len(prompts)
-        if logprobs:
-            known = logits.double().log_softmax(-1).gather(1, tokens)[:, 0].tolist()
-        yield [pair if lives else None
-               for pair, lives in zip(zip(drawn, known, strict=True), alive, strict=True)]
-        alive = [lives and token != eos_id for lives, token in zip(alive, drawn, strict=True)]
-        if not any(alive):
-            return
-        lengths = torch.tensor(alive, dtype=torch.int64, device=device)  # an ended row reads 0
+    with packed_weights(model, len(prompts), max_new_tokens):
+        for _ in range(max_new_tokens):
+            logits = model(tokens, cache, lengths, last_only=True)[:, 0]  # (B, V)
+            tokens = draw(logits, temperature, top_p, generators)  # (B)
+            if is_sharded(model):
+                dist.broadcast(tokens, src=0)  # so that rounding cannot make the ranks diverge
+            drawn = tokens.tolist()
+            tokens = tokens[:, None]  # (B, 1)
+            known = [None] * len(prompts)
+            if logprobs:
+                known = logits.double().log_softmax(-1).gather(1, tokens)[:, 0].tolist()
+            yield [pair if lives else None
+                   for pair, lives in zip(zip(drawn, known, strict=True), alive, strict=True)]
+            alive = [lives and token != eos_id for lives, token in zip(alive, drawn, strict=True)]
+            if not any(alive):
+                return
+            lengths = torch.tensor(alive, dtype=torch.int64, device=device)  # an ended row reads 0
 
 
 def draw(logits, temperature, top_p, generators):
@@ -355,11 +356,15 @@ WIDEN_ROWS, BLOCK = 5, 2**22
 class TunedLinear(nn.Linear):
     """A linear layer that uses the fastest of PyTorch's products for its shape on this CPU."""
 
+    packed = None  # the weights in oneDNN's layout, while `packed_weights` keeps them
+
     def forward(self, x):
-        weight, rows = self.weight, x.numel() // self.in_features
+        weight, packed, rows = self.weight, self.packed, x.numel() // self.in_features
         narrow = weight.dtype.itemsize < 4
         if rows == 1 and (narrow or weight.numel() < SMALL):
             return matrix_vector_product(weight, x).view(*x.shape[:-1], -1)
+        if packed is not None:
+            return onednn_product(x, packed)
         if not narrow or rows < WIDEN_ROWS or has_arithmetic(weight.dtype):
             return product(x, weight)
         wide = at_least_float32(x)
@@ -379,7 +384,36 @@ def product(x, weight):
     if (weight.dtype != torch.float32 or weight.numel() < SMALL
             or x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
+    return onednn_product(x, weight)
+
+
+def onednn_product(x, weight):
+    """F.linear(x, weight) by oneDNN; the weight can be packed."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+@contextlib.contextmanager
+def packed_weights(model, rows, steps):
+    """Inside a `with` block, bfloat16 weights have a copy in oneDNN's layout if that saves time.
+
+    On the EPYC with AVX-512 and bfloat16 arithmetic, copying takes 0.5 s per GB. Then a batch of 4
+    rows decodes 1.26 times as fast, and one of 16 rows 1.74 times. A step with 4 rows saves a
+    sixtieth of the time that copying takes, and a step with 16 rows a fourteenth. One row reads the
+    original weights, so both must fit into memory.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, TunedLinear)
+              and layer.weight.dtype == torch.bfloat16 and layer.weight.numel() >= SMALL]
+    needed, free = 2 * sum(layer.weight.nbytes for layer in layers), free_memory("cpu")
+    repaid = rows >= 4 and rows * steps >= 256 and has_arithmetic(torch.bfloat16)
+    if not repaid or free is None or needed > free:
+        layers = []
+    try:
+        for layer in layers:
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 128)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 def matrix_vector_product(weight, x):
@@ -443,7 +477,10 @@ def check_device(device):
 
 
 def free_memory(device):
-    """Bytes of memory free for use, or None if the system does not say."""
+    """Bytes of memory free for this process, or None if the system does not say.
+
+    The ranks of a machine share its memory.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, group = None, Path("/sys/fs/cgroup")
@@ -454,6 +491,8 @@ def free_memory(device):
         cached = int(re.search(r"inactive_file (\d+)", (group / "memory.stat").read_text())[1])
         used = int((group / "memory.current").read_text()) - cached
         free = min(free, limit - used)
+    if free is not None and dist.is_initialized():
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return free
 
 
@@ -464,8 +503,6 @@ def check_memory(directory, weights, dtype, device):
     needed = stored if dtype is None else sum(
         weight.numel() * dtype.itemsize for weight in weights.values())
     free = free_memory(device)
-    if free is not None and device == "cpu":  # the ranks of this machine share its memory
-        free //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if dist.is_initialized() else 1
     if free is None or needed <= free:
         return True
     facts = f"{directory}: {needed / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB of memory free"

@@ -506,6 +506,62 @@ def test_tuned_products_are_exact_but_for_one_rounding(
         assert ((y.double() - exact).abs() <= bound).all(), rows
 
 
+MULTIPLIES_BFLOAT16 = pytest.mark.skipif(
+    not program.has_arithmetic(torch.bfloat16), reason="oneDNN does not multiply bfloat16 here")
+
+
+@MULTIPLIES_BFLOAT16
+@pytest.mark.parametrize("outputs, inputs", [(1040, 528), (2048, 144)])
+def test_packed_products_are_exact_but_for_one_rounding(outputs, inputs):
+    torch.manual_seed(0)
+    layer = tuned(nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16))
+    with program.packed_weights(layer, 16, 16):
+        for shape in ((1,), (2,), (4, 1), (16,), (130,), (2, 257)):
+            x = torch.randn(*shape, inputs).bfloat16()
+            exact = x.double() @ layer.weight.double().T
+            bound = 2.0**-23 * inputs * (x.double().abs() @ layer.weight.double().abs().T)
+            y = layer(x)
+            assert layer.packed is not None and y.dtype == torch.bfloat16
+            assert ((y.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2 * bound).all(), shape
+
+
+@pytest.mark.parametrize("rows, steps, free, arithmetic, dtype, packs", [
+    (4, 64, 2 * 589_824, True, torch.bfloat16, True),
+    (16, 16, 2 * 589_824, True, torch.bfloat16, True),
+    (3, 1000, 10**9, True, torch.bfloat16, False), (4, 63, 10**9, True, torch.bfloat16, False),
+    (4, 64, 2 * 589_824 - 1, True, torch.bfloat16, False),
+    (4, 64, None, True, torch.bfloat16, False), (4, 64, 10**9, False, torch.bfloat16, False),
+    (4, 64, 10**9, True, torch.float16, False), (4, 64, 10**9, True, torch.float32, False)])
+def test_large_weights_are_packed_for_batches_that_repay_it(
+        monkeypatch, rows, steps, free, arithmetic, dtype, packs):
+    """And the copies are gone afterwards, also after an error."""
+    model = tune(random_model(hidden_size=144, vocab_size=2048, num_hidden_layers=1).to(dtype))
+    assert model.lm_head.weight.numel() * 2 == 589_824
+    monkeypatch.setattr(program, "free_memory", lambda device: free)
+    monkeypatch.setattr(program, "has_arithmetic", lambda dtype: arithmetic)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight",
+                        lambda weight, rows: weight.detach())
+    with contextlib.suppress(ZeroDivisionError):
+        with program.packed_weights(model, rows, steps):
+            kept = [m for m in model.modules() if getattr(m, "packed", None) is not None]
+            assert kept == [model.lm_head] * packs
+            raise ZeroDivisionError
+    assert model.lm_head.packed is None
+
+
+@MULTIPLIES_BFLOAT16
+def test_a_batch_is_generated_with_packed_weights():
+    sizes = {"hidden_size": 144, "vocab_size": 2048, "num_hidden_layers": 1}
+    model, prompts, packed = tune(random_model(**sizes).bfloat16()), [[1, 2], [3], [4], [5]], []
+    model.lm_head.register_forward_hook(lambda m, args, y: packed.append(m.packed is not None))
+    options = {"logprobs": True, "seed": 0}
+    steps = list(program.generate_steps(model, prompts, 64, **options))
+    wanted = list(program.generate_steps(model, prompts, 3, **options))
+    assert packed == [True] * 64 + [False] * 3
+    for (_, found), (_, known) in zip(steps[0], wanted[0], strict=True):
+        assert abs(found - known) < 0.05
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_tuned_products_leave_the_switch_of_onednn_as_it_was(dtype, enabled):
@@ -699,17 +755,6 @@ def test_4_bit_weights_are_copied_only_if_they_fit_into_the_free_memory(monkeypa
         assert type(loaded.model.layers[0].block_sparse_moe.experts[0].w1) is kind
 
 
-def test_the_ranks_of_a_machine_share_its_memory(monkeypatch):
-    monkeypatch.setattr(program, "free_memory", lambda device: 2_000_000)
-    monkeypatch.setattr(program.dist, "is_initialized", lambda: True)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    check_memory("DIR", MEGABYTE, torch.float32, "cpu")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    check_memory("DIR", MEGABYTE, torch.float32, "cuda")
-    with pytest.raises(ValueError, match="memory free on cpu"):
-        check_memory("DIR", MEGABYTE, torch.float32, "cpu")
-
-
 def test_a_model_that_does_not_fit_is_refused_before_it_is_converted(monkeypatch, capsys):
     monkeypatch.setattr(program, "free_memory", lambda device: 30_000_000)
     monkeypatch.setattr(program, "assemble", None)  # calling it would be a TypeError
@@ -761,8 +806,17 @@ def test_free_memory_is_what_the_system_and_the_control_group_leave(
     assert free_memory("cpu") == wanted
 
 
+def test_the_ranks_of_a_machine_share_its_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(program, "Path", a_system(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory("cpu") == 5_120_000
+    monkeypatch.setattr(program.dist, "is_initialized", lambda: True)
+    assert free_memory("cpu") == 2_560_000
+
+
 def test_free_memory_is_unknown_on_a_system_that_does_not_say(monkeypatch, tmp_path):
     monkeypatch.setattr(program, "Path", lambda path: tmp_path / "absent")
+    monkeypatch.setattr(program.dist, "is_initialized", lambda: True)
     assert free_memory("cpu") is None
 
 
