@@ -419,8 +419,9 @@ def packed_weights(model, rows, steps):
 def matrix_vector_product(weight, x):
     """weight·x for 16-bit weights or a small matrix.
 
-    For 384 × 192 float32 weights, vecdot takes 0.7–0.8 of the time of mv. For 16-bit weights, the
-    kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of the time of oneDNN's.
+    The embedded model decodes 1.1 to 1.2 times as fast in float32 with the sum of the products as
+    with mv. For 16-bit weights, the kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of
+    the time of oneDNN's.
     """
     if weight.dtype.itemsize >= 4:
         return (weight * x).sum(dim=-1)

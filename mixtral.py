@@ -1,8 +1,8 @@
 """Mixtral 8x7B: a transformer decoder whose feed-forward layers are sparse mixtures of experts.
 
 Every layer holds eight feed-forward networks, called experts, and a router that sends each token
-to two of them. The model stores 46.7 billion parameters and uses 12.9 billion of them for a token,
-the whole embedding included. Everything else is an ordinary dense transformer. The forward pass is:
+to two of them. The model stores 46.7 billion parameters and uses 12.9 billion of them for a token.
+Both numbers count the whole embedding. Everything else is an ordinary dense transformer:
 
     x = embed_tokens[tokens]
     for each layer:
@@ -37,7 +37,7 @@ least float32. RMSNorm and rotation round to the dtype of the weights, and RMSNo
 multiplies by its weight. The softmax is not rounded, and the sum is rounded once, when it is
 complete. In a float64 model every floating-point number is float64.
 
-"Difference:" begins a paragraph on a result that differs from the released code's beyond rounding.
+A paragraph "Difference:" names a result that differs from the released code by more than rounding.
 
 Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here the paper; "Mistral 7B"
 (arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
@@ -247,9 +247,9 @@ def attend(q, k, v, mask):
     q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S·H/K, T) -> (B, S, H·d)
 
     The mask holds 0 where a query sees a key, and −∞ elsewhere. Query head h uses key/value head
-    h // (H/K), so H/K neighbouring query heads share one. They attend to the same keys, so they are
-    treated as H/K queries of one head. In bfloat16, PyTorch computes scores and softmax in float32
-    and may round the probabilities to bfloat16.
+    h // (H/K), so H/K neighbouring query heads share one. They are treated as H/K queries of one
+    head. Its queries, and the rows of the mask, are in the order of the tokens, H/K for each token.
+    In bfloat16, PyTorch computes scores and softmax in float32 and may round the probabilities.
     """
     (B, S, H, d), K = q.shape, k.shape[2]
     q = q.view(B, S, K, H // K, d).transpose(1, 2).flatten(2, 3)  # (B, K, S·H/K, d)
@@ -263,7 +263,7 @@ class Attention(nn.Module):
 
     (B, S, D) -> (B, S, D)
 
-    `remember` takes the new keys and values and returns all to attend to, also those of a cache.
+    `remember(k, v)` returns the keys and values to attend to, the new and, with a cache, the old.
     """
 
     def __init__(self, config):
@@ -410,7 +410,7 @@ class Cache:
 
     Mixtral.forward reads `chunk` tokens at a time, and stores them before their queries attend. If
     all max_length tokens fit into W + chunk − 1 slots, or if there is no window, C = max_length and
-    no slot is used twice. Otherwise C = W + chunk − 1. In this case the last token of a chunk that
+    no slot is used twice. Otherwise C = W + chunk − 1. Then the last token of a full chunk that
     begins at position p overwrites position p + chunk − 1 − C = p − W, and the other tokens
     overwrite older ones. The queries of the chunk need positions from p − W + 1 on.
     """
@@ -432,7 +432,7 @@ class Cache:
 
         Returns the positions to attend to, and a function `remember(layer, k, v)` that stores k and
         v (B, S, K, d) and returns all keys and values to attend to (2, B, T, K, d). Padding is not
-        stored, so whatever it holds, even NaN, cannot reach a later query.
+        stored, so no later query can see it.
         """
         C, S = self.positions.shape[1], positions.shape[1]
         real = torch.arange(S, device=positions.device) < lengths[:, None]  # (B, S)
@@ -440,7 +440,7 @@ class Cache:
         position = positions[row, column]
         slot = position % C
         self.positions[row, slot] = position
-        T = min(C, max(0, int(self.positions.max())) + 1)  # the slots from T on are empty
+        T = min(C, max(0, int(self.positions.max())) + 1)  # at least 1; slots from T on are empty
 
         def remember(layer, k, v):
             stored = self.keys_and_values[layer]
@@ -567,7 +567,7 @@ def read_weights(files):
 
 
 def convert_floats(weight, dtype, device):
-    """The tensor on a device, and in a dtype if it is floating-point; dtype None keeps its own."""
+    """Move a tensor to a device, and into a dtype if it is floating-point and dtype is not None."""
     return weight.to(device=device, dtype=dtype if weight.is_floating_point() else None)
 
 
@@ -628,7 +628,7 @@ def unpack(packed, scale):
     packed (M, D/8), scale (M, D/G) -> (M, D)
 
     If the scales have been converted to float64, the products (u − 8)·scale are exact, because
-    u − 8 has at most 4 significant bits, and a scale stored in float32 or less has at most 24.
+    u − 8 has at most 3 significant bits, and a scale stored in float32 or less has at most 24.
 
     >>> unpack(torch.tensor([[0x76543210]], dtype=torch.int32), torch.tensor([[0.5]])).tolist()
     [[-4.0, -3.5, -3.0, -2.5, -2.0, -1.5, -1.0, -0.5]]
