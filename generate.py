@@ -319,8 +319,8 @@ def load(directory, dtype=None, device="cpu"):
 def tune(model, may_copy=True):
     """Make the linear layers of a model fast on this CPU; returns the model.
 
-    4-bit weights are copied, which needs as much memory; without `may_copy` they stay as they are.
-    No other code chooses operations for a CPU. The choices change results by rounding only.
+    4-bit weights are copied, which needs their size again in memory; without `may_copy` they stay
+    as they are. The choices of operations change results by rounding only.
     """
     if not model.lm_head.weight.is_cpu:
         return model
@@ -368,7 +368,8 @@ class TunedLinear(nn.Linear):
         if not narrow or rows < WIDEN_ROWS or has_arithmetic(weight.dtype):
             return product(x, weight)
         wide = at_least_float32(x)
-        blocks = weight.split(max(BLOCK // self.in_features // 64, 1) * 64)
+        outputs = max(BLOCK // self.in_features // 64, 1) * 64  # of one block
+        blocks = weight.split(outputs)
         products = [product(wide, at_least_float32(block)) for block in blocks]
         return torch.cat(products, dim=-1).to(x.dtype)
 
@@ -394,19 +395,13 @@ def onednn_product(x, weight):
 
 @contextlib.contextmanager
 def packed_weights(model, rows, steps):
-    """Inside a `with` block, bfloat16 weights have a copy in oneDNN's layout if that saves time.
+    """Inside a `with` block, large bfloat16 weights have a copy in oneDNN's layout.
 
     On the EPYC with AVX-512 and bfloat16 arithmetic, copying takes 0.5 s per GB. Then a batch of 4
-    rows decodes 1.26 times as fast, and one of 16 rows 1.74 times. A step with 4 rows saves a
-    sixtieth of the time that copying takes, and a step with 16 rows a fourteenth. One row reads the
-    original weights, so both must fit into memory.
+    rows decodes 1.26 times as fast, and one of 16 rows 1.74 times. Nothing is copied if that would
+    not repay the copying, or if the memory or the CPU does not allow it.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, TunedLinear)
-              and layer.weight.dtype == torch.bfloat16 and layer.weight.numel() >= SMALL]
-    needed, free = 2 * sum(layer.weight.nbytes for layer in layers), free_memory("cpu")
-    repaid = rows >= 4 and rows * steps >= 256 and has_arithmetic(torch.bfloat16)
-    if not repaid or free is None or needed > free:
-        layers = []
+    layers = layers_to_pack(model, rows, steps)
     try:
         for layer in layers:
             layer.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, 128)
@@ -416,12 +411,26 @@ def packed_weights(model, rows, steps):
             layer.packed = None
 
 
+def layers_to_pack(model, rows, steps):
+    """The layers that `packed_weights` copies for a batch of so many rows and decode steps."""
+    # 60 steps with 4 rows save the time that copying takes, and so do 14 steps with 16 rows.
+    if rows < 4 or rows * steps < 256:
+        return []
+    layers = [layer for layer in model.modules() if isinstance(layer, TunedLinear)
+              and layer.weight.dtype == torch.bfloat16 and layer.weight.numel() >= SMALL]
+    # An expert that gets one token reads the original weights. If they are mapped from disk, their
+    # memory counts as free, so both copies must fit.
+    needed, free = 2 * sum(layer.weight.nbytes for layer in layers), free_memory("cpu")
+    fits = free is not None and needed <= free
+    return layers if layers and fits and has_arithmetic(torch.bfloat16) else []
+
+
 def matrix_vector_product(weight, x):
     """weight·x for 16-bit weights or a small matrix.
 
-    The embedded model decodes 1.1 to 1.2 times as fast in float32 with the sum of the products as
-    with mv. For 16-bit weights, the kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of
-    the time of oneDNN's.
+    In float32, the embedded model decodes 1.1 to 1.2 times as fast with this sum as with mv. For
+    16-bit weights, the kernel that mv uses while oneDNN is disabled takes 0.5–0.6 of the time of
+    oneDNN's.
     """
     if weight.dtype.itemsize >= 4:
         return (weight * x).sum(dim=-1)
@@ -438,10 +447,10 @@ class TunedInt4Linear(nn.Module):
     """A 4-bit layer repacked for PyTorch's CPU kernel, which takes bfloat16 only.
 
     On an EPYC with AVX-512, a model decodes 1.4 times as fast in 4 bits as in bfloat16. When the
-    same CPU is restricted to AVX2, it decodes at 0.85 of the rate, and on another EPYC without
-    AVX-512, at 1.2 times the rate. Up to 64 rows the kernel is faster than a product with unpacked
-    weights, and for 256 rows it takes 1.2 times as long. An expert gets 128 rows of a chunk of 512
-    tokens on average, so the kernel is used for any number of rows.
+    same CPU is restricted to AVX2, it decodes at 0.85 of the rate in bfloat16, and on another EPYC
+    without AVX-512, at 1.2 times that rate. Up to 64 rows the kernel is faster than a product with
+    unpacked weights, and for 256 rows it takes 1.2 times as long. An expert gets 128 rows of a
+    chunk of 512 tokens on average, so the kernel is used for any number of rows.
     """
 
     def __init__(self, layer):
@@ -480,7 +489,7 @@ def check_device(device):
 def free_memory(device):
     """Bytes of memory free for this process, or None if the system does not say.
 
-    The ranks of a machine share its memory.
+    Each rank gets an equal share of the memory of its machine.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

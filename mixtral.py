@@ -248,7 +248,7 @@ def attend(q, k, v, mask):
 
     The mask holds 0 where a query sees a key, and −∞ elsewhere. Query head h uses key/value head
     h // (H/K), so H/K neighbouring query heads share one. They are treated as H/K queries of one
-    head. Its queries, and the rows of the mask, are in the order of the tokens, H/K for each token.
+    head. These queries and the rows of the mask are ordered by token, with H/K rows for each token.
     In bfloat16, PyTorch computes scores and softmax in float32 and may round the probabilities.
     """
     (B, S, H, d), K = q.shape, k.shape[2]
@@ -263,7 +263,7 @@ class Attention(nn.Module):
 
     (B, S, D) -> (B, S, D)
 
-    `remember(k, v)` returns the keys and values to attend to, the new and, with a cache, the old.
+    `remember(k, v)` returns all keys and values to attend to, those of a cache included.
     """
 
     def __init__(self, config):
