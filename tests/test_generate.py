@@ -549,6 +549,13 @@ def test_large_weights_are_packed_for_batches_that_repay_it(
     assert model.lm_head.packed is None
 
 
+def test_a_batch_of_a_model_without_tuned_layers_does_not_ask_onednn(monkeypatch):
+    """On a GPU, or where PyTorch has no oneDNN, its operations may not exist."""
+    monkeypatch.setattr(program, "has_arithmetic", None)  # calling it would be a TypeError
+    model = random_model(hidden_size=144, vocab_size=2048, num_hidden_layers=1).bfloat16()
+    assert [len(row) for row in generate(model, [[1], [2], [3], [4]], 64)] == [64] * 4
+
+
 @MULTIPLIES_BFLOAT16
 def test_a_batch_is_generated_with_packed_weights():
     sizes = {"hidden_size": 144, "vocab_size": 2048, "num_hidden_layers": 1}

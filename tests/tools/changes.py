@@ -207,6 +207,8 @@ CHANGES["generate.py"] = [
      "fits = free is not None"),
     ("weights are packed into unknown memory", "fits = free is not None and needed <= free",
      "fits = free is None or needed <= free"),
+    ("oneDNN is asked although no layer is tuned", "return layers if layers and fits and",
+     "return layers if fits and"),
     ("a CPU without bfloat16 arithmetic packs", "and has_arithmetic(torch.bfloat16) else []",
      "else []"),
     ("16-bit floats of any kind are packed", "and layer.weight.dtype == torch.bfloat16 and",
