@@ -67,7 +67,8 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 import torch
 from safetensors import safe_open
 
-from mixtral import MixtralConfig, int4_group_size, read_json, unpack
+from fast.int4 import int4_group_size, unpack
+from mixtral import MixtralConfig, read_json
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------ names, shapes and row order
