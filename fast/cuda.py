@@ -39,7 +39,6 @@ def prepare(model):
 
     Matrices that are read together become views of one tensor; the model remains one of mixtral.py.
     """
-    model.kernels = triton_kernels(model.lm_head.weight.device)
     for layer in model.model.layers:
         attention, moe = layer.self_attn, layer.block_sparse_moe
         attention.attend, E = attend, len(moe.experts)
@@ -49,9 +48,10 @@ def prepare(model):
         if moe.w13 and moe.w2:
             moe.__class__ = AllExperts
         torch.cuda.empty_cache()
-    for module in model.modules():
-        if isinstance(module, Int4Linear) and model.kernels:
-            module.__class__ = UnpackedLinear
+    if triton_kernels(model.lm_head.weight.device):
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.__class__ = UnpackedLinear
     return model
 
 
@@ -277,7 +277,8 @@ class Step:
 
 def chosen_kernels(model):
     """The modules with kernels for this model and for its experts, or None and None."""
-    kernels, mixtures = model.kernels, [layer.block_sparse_moe for layer in model.model.layers]
+    kernels = triton_kernels(model.lm_head.weight.device)
+    mixtures = [layer.block_sparse_moe for layer in model.model.layers]
     if kernels is None or not all(kernels.fits(layer) for layer in model.model.layers):
         return None, None
     if all(len(moe.w13) == 1 for moe in mixtures):

@@ -21,7 +21,8 @@ from triton import cdiv, next_power_of_2
 
 from fast.kernels import silu_times, tile
 
-ROWS, WORDS = 64, 64  # a tile of 64 × 64 words for 4 warps
+ROWS, WORDS, WARPS = 64, 64, 4  # a tile of 64 × 64 words for 4 warps
+PROGRAMS = 512  # so many fill the card
 
 
 def fits(packed, scale=None):
@@ -124,8 +125,8 @@ def gate_up(x, chosen, packed, scale):
     """x (D), chosen (A), packed (E, 2M, D/8), scale (E, 2M, D/G) -> (A, M)"""
     A, M, D, G = len(chosen), packed.shape[1] // 2, len(x), len(x) // scale.shape[2]
     h, rows, words = x.new_empty(A, M), tile(M, ROWS // 2), tile(D // 8, WORDS)
-    gate_up_kernel[(M // rows, A)](x, chosen, packed, scale, h, M, D, G, rows, words, num_warps=4,
-                                   num_stages=1)
+    gate_up_kernel[(M // rows, A)](x, chosen, packed, scale, h, M, D, G, rows, words,
+                                   num_warps=WARPS, num_stages=1)
     return h
 
 
@@ -159,10 +160,10 @@ def down(h, chosen, share, x, packed, scale):
     """
     (A, M), D, G, y = h.shape, len(x), h.shape[1] // scale.shape[2], torch.empty_like(x)
     rows, words, size = tile(D, ROWS), tile(M // 8, WORDS), tile(D, 64)
-    splits = max(1, min(M // 8 // words, 512 * rows // (A * D)))
+    splits = max(1, min(M // 8 // words, PROGRAMS * rows // (A * D)))
     parts = x.new_empty(A * splits, D, dtype=torch.float32)
     down_kernel[(D // rows, splits, A)](h, chosen, share, packed, scale, parts, M, D, G, splits,
-                                        rows, words, num_warps=4, num_stages=1)
+                                        rows, words, num_warps=WARPS, num_stages=1)
     add_kernel[(D // size,)](x, parts, y, D, A * splits, size, num_warps=1)
     return y
 
