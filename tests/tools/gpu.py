@@ -159,7 +159,7 @@ def measure_rates(report):
     report.copy_rate = 2 * size / seconds(report.args.device, lambda: x[0].copy_(x[1]), 10)
     a, b = torch.randn(2, n, n, device=report.args.device).bfloat16()
     report.product_rate = 2 * n**3 / seconds(report.args.device, lambda: a @ b, 10)
-    del x, a, b
+    x = a = b = None
     report.add("copy", report.copy_rate / 1e9, "GB/s", note=device_name(report.args.device))
     report.add("bfloat16 product", report.product_rate / 1e12, "TFLOP/s")
     forget()
@@ -314,7 +314,8 @@ def profile(f):
         torch.cuda.synchronize()
     events = [e for e in profiler.key_averages() if e.self_device_time_total]
     for e in sorted(events, key=lambda e: -e.self_device_time_total)[:12]:
-        print(f"    {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} × {e.key:.80}", flush=True)
+        milliseconds = e.self_device_time_total / 1e3
+        print(f"    {milliseconds:8.3f} ms {e.count:5d} × {e.key:.80}", flush=True)
 
 
 def prefill(report, model, name, length):
