@@ -102,9 +102,10 @@ def copy_repository(directory):
     for pattern in ("*.py", "*.md", "*.txt", "*.toml"):
         for path in ROOT.glob(pattern):
             shutil.copy2(path, directory)
-    for name in ("tests", "tiny"):
-        shutil.copytree(ROOT / name, directory / name,
-                        ignore=shutil.ignore_patterns(".*", "__pycache__", "state.p*"))
+    for name in ("tests", "tiny", "fast"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, directory / name,
+                            ignore=shutil.ignore_patterns(".*", "__pycache__", "state.p*"))
     return directory
 
 
