@@ -19,6 +19,7 @@ from mixtral import MixtralConfig
     ("x = a <= b == c", ["x = a < b == c", "x = a <= b != c"]),
     ("x = a is not b", ["x = a is b"]), ("x = a in b", ["x = a not in b"]),
     ("x = a * (b)", ["x = a / b"]), ("x = a and b", ["x = a or b"]), ("x = not a", ["x = a"]),
+    ("x = a ^ b @ c", ["x = a & b @ c", "x = a ^ b * c"]),
     ("x = -1, True", ["x = -2, True", "x = -1, False"]),
     ("x = f(a, b, c)", ["x = f(b, a, c)"]), ("x = min(a, b)", []),
     ("if a(): b = c", ["if not a(): b = c"]),
