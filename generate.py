@@ -488,7 +488,7 @@ def main(argv=None):
     except OSError as error:  # standard output is written again at the end, and must not fail then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            return 0
+            sys.exit(0)  # without waiting for other ranks, which still compute
         error = f"{error.filename or 'standard output'}: {error.strerror}"
     except ValueError as problem:
         error = " ".join(str(problem).split())
