@@ -8,8 +8,8 @@ name of the module and one more word, as `model.layers.0.self_attn.q_rotated`. T
 tests/reference.py lists them all.
 
 The model is the plain one of `Mixtral.from_pretrained`. Its code contains nothing for tracing: all
-quantities come from hooks and from the functions `route`, `rotate` and `attend` of mixtral.py, which
-are replaced while the recording lasts.
+quantities come from hooks, and from the functions `route`, `rotate` and `attend` of mixtral.py,
+which are replaced while the recording lasts.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
