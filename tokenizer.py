@@ -87,7 +87,6 @@ class Tokenizer:
 
     def __init__(self, path):
         path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-        sentencepiece.set_min_log_level(2)  # without this, damaged files print warnings to stderr
         model = sentencepiece.SentencePieceProcessor()
         try:
             model.load_from_serialized_proto(path.read_bytes())

@@ -273,8 +273,9 @@ def test_with_control_pieces_the_marks_are_ids_and_the_system_text_is_in_the_las
 
 def test_no_text_and_no_message_encodes_to_a_control_id_or_the_unknown_id(both):
     ours, _ = both
-    hostile = " ".join(ours.pieces[i] + ours.pieces[i] for i in [*sorted(ours.control), 0])
-    assert ours.control.union([ours.unk_id]).isdisjoint(ours.encode(hostile, bos=False))
+    never = {ours.unk_id, *ours.control}
+    hostile = " ".join(2 * ours.pieces[i] for i in sorted(never))
+    assert never.isdisjoint(ours.encode(hostile, bos=False))
     ids = ours.encode_chat(conversation(hostile, hostile, hostile, system=hostile))
     marks = [ours.control_ids[name] for name in ("[INST]", "[/INST]") if name in ours.control_ids]
     assert [i for i in ids if i in ours.control] == [ours.bos_id, *marks, ours.eos_id, *marks]
@@ -337,7 +338,6 @@ def test_a_word_is_merged_once_and_keeps_its_ids(models, monkeypatch):
     ids = [ours.encode(text) for text in texts]
     monkeypatch.delattr(tokenizer, "merge")
     assert [ours.encode(text) for text in texts] == ids
-    assert [Tokenizer.decode(ours, each) for each in ids] == [*texts]
 
 
 def test_the_number_and_length_of_remembered_words_are_bounded(models, monkeypatch):
@@ -411,10 +411,10 @@ def test_a_model_of_another_kind_is_refused(tmp_path, options, words):
     refused(train(tmp_path / "tokenizer.model", **options), words)
 
 
-def test_a_truncated_an_empty_a_foreign_and_a_missing_file_are_refused(models, tmp_path, capfd):
+def test_a_damaged_an_empty_a_foreign_and_a_missing_file_are_refused(models, tmp_path, capfd):
     sentencepiece.set_min_log_level(0)  # the default, which the trainer may have changed
-    path = tmp_path / "tokenizer.model"
-    for content in (models["own"].read_bytes()[:2000], b"", b'{"model": 1}', b"\0" * 100):
+    path, whole = tmp_path / "tokenizer.model", models["own"].read_bytes()
+    for content in (whole[:2000], whole.replace(b"<0x41>", b"<0x\n1>"), b"", b'{"model": 1}'):
         path.write_bytes(content)
         refused(path)
     path.unlink()
