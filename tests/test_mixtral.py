@@ -73,6 +73,7 @@ def read_ragged(model, calls, cache):
 # ---------------------------------------------------------------- the whole model
 
 
+@pytest.mark.claim
 @settings(max_examples=100, deadline=None)
 @given(window=WINDOWS, K=st.integers(1, 3), ratio=st.integers(1, 4), E=st.integers(1, 5),
        chunk=st.integers(1, 9), calls=lengths_of_calls(3, 5, 3), data=st.data())
@@ -107,6 +108,7 @@ def test_the_released_sizes_have_the_published_parameter_counts(sizes, total, ac
     assert total - idle == active
 
 
+@pytest.mark.claim
 @settings(max_examples=40, deadline=None)
 @given(window=WINDOWS, chunk=st.integers(1, 30), cuts=st.lists(st.integers(1, 29), max_size=6))
 def test_any_chunking_is_one_pass(window, chunk, cuts):
@@ -125,6 +127,7 @@ def test_one_token_at_a_time_is_one_pass_through_many_wraps(window, chunk):
     assert relative_error(steps, model(tokens)) < 1e-12
 
 
+@pytest.mark.claim
 @settings(max_examples=40, deadline=None)
 @given(window=WINDOWS, chunk=st.integers(1, 12), calls=lengths_of_calls(3, 9, 4))
 def test_a_ragged_row_gives_what_it_gives_alone_call_after_call(window, chunk, calls):
@@ -212,6 +215,7 @@ def mixture(E=8, A=2, dtype=torch.float64):
     return model.model.layers[0].block_sparse_moe
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("E, A", [(8, 2), (4, 1), (4, 3), (4, 4), (1, 1)])
 def test_the_mixture_is_a_loop_over_tokens_and_a_masked_dense_sum(E, A):
     moe, x = mixture(E, A), randn(2, 9, 24)
@@ -331,6 +335,7 @@ def explicit(q, k, v, seen):
     return torch.cat(heads, dim=-1)
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("H, K", [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (4, 2)])
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_is_the_explicit_formula_for_every_head(H, K, window):
@@ -441,6 +446,7 @@ class RecordDtypes(TorchDispatchMode):
         return output
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("dtype, but", [(torch.float64, []), (torch.float32, [rotation])])
 def test_a_float64_model_computes_in_float64_and_a_float32_model_only_angles(dtype, but):
     """Devices without float64 run the model, because the angles are computed on the CPU."""
@@ -502,6 +508,7 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
+@pytest.mark.claim
 @NARROW
 def test_the_weighted_sum_of_the_experts_is_rounded_once(dtype):
     """Fails if the router weights, a product or a partial sum is rounded to the narrow dtype."""
