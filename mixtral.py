@@ -15,7 +15,7 @@ In the shapes of this repository, each letter has one meaning:
 
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
-    S       tokens per row of a call, or of a chunk   -                             -
+    S       tokens per row that are read together     -                             -
     T       keys per row that queries can attend to   -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
@@ -30,24 +30,24 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       neighbouring weights with one scale       -                             -
+    G       weights that share a scale (in fast/)     -                             -
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
 million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 and the embedding
 and output matrices 2·V·D = 0.3 billion, together 46.7, which is less than 8 · 7 because only the
-experts exist eight times. With two experts the sum is 12.9 billion. All but the embedding, of which
-a token needs one row, is read for each token: 12.75 billion weights, or 25.5 GB in bfloat16.
+experts exist eight times. With two experts the sum is 12.9 billion. Of these a token reads all but
+the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
 
-Precision: results are rounded to the dtype of the weights, such as bfloat16, with these exceptions.
+Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
     operation                                     computed in            rounded to
-    linear layer, attention, silu, residual sum   dtype of the weights   dtype of the weights
     RMSNorm, before it multiplies by its weight   at least float32       dtype of the weights
     rotation of queries and keys                  at least float32       dtype of the weights
     cosine and sine of the rotation               float64, on the CPU    at least float32
+    scores and softmax of attention, by PyTorch   at least float32       PyTorch's choice
     softmax of the router                         at least float32       not rounded
     weighted sum over experts                     at least float32       dtype of the weights, once
-    logits                                        dtype of the weights   widened to float32
+    logits                                        dtype of the weights   then widened to float32
 
 In a float64 model all of it is float64. "Difference:" marks a result that differs from the released
 code by more than rounding. Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here called
@@ -114,10 +114,10 @@ def route(logits, top_k):
     logits (N, E) -> (N, A), (N, A)
 
     The weights are Softmax(TopK(logits)), the largest first, so they sum to one. `transformers`
-    takes the softmax over all E experts, exp(zᵢ)/Z, and divides the A largest by their sum. The
-    result is the same because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
+    takes the softmax over all E experts, exp(zᵢ)/Z, and divides the A largest by their sum Σⱼ. This
+    is the same, because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
 
-    Difference: of equal logits the lower index comes first; the released torch.topk has no order.
+    Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
 
     >>> weights, chosen = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), top_k=3)
     >>> chosen.tolist(), [round(w, 4) for w in weights[0].tolist()]
@@ -133,8 +133,8 @@ class Expert(nn.Module):
 
     (..., D) -> (..., D)
 
-    w1 is the gate, w3 the up and w2 the down projection; the router of SparseMoE is another gate.
-    Since w1 and w3 have the same shape, nothing fails if a checkpoint has them exchanged.
+    w1 is the gate, w3 the up and w2 the down projection. SparseMoE.gate is the router, not this
+    gate. A checkpoint with w1 and w3 exchanged loads, since they have one shape, and runs wrongly.
     """
 
     def __init__(self, D, M):
@@ -217,10 +217,10 @@ def rotate(x, cos, sin):
 
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    Keys have K heads. The product of a rotated query and a rotated key depends on their positions
-    only through their distance. The released code pairs x[2i] and x[2i + 1] instead; Hugging Face's
-    checkpoints hold the rows of q_proj and k_proj in another order, so q·k is the same. convert.py
-    reorders Mistral's own weights, which would otherwise load and run, but write nonsense.
+    For keys, K takes the place of H. The product of a rotated query and a rotated key depends on
+    their positions only through their distance. The released code pairs x[2i] and x[2i + 1].
+    Hugging Face reordered the rows of q_proj and k_proj alike, so that these pairs stand d/2 apart
+    and q·k is the same. Without this, which convert.py does, Mistral's weights write nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -231,8 +231,8 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    A query sees at most W keys, its own included; if W is None, it sees all j ≤ i. An empty slot of
-    the cache has position −1. The keys can be in any order, as in a rolling buffer.
+    A query sees at most W keys, its own included, or all j ≤ i if W is None. Because positions are
+    compared, keys can be in any order, as in the cache, whose empty slots have position −1.
 
     Difference: the released `moe_one_file_ref.py` shows a query W + 1 keys while it reads a prompt.
 
@@ -250,8 +250,7 @@ def attend(q, k, v, mask):
     q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
 
     H/K neighbouring query heads share a key/value head: query head h uses head h // (H/K). The
-    cache then takes K/H of the memory that H key/value heads would need. In bfloat16, PyTorch
-    computes scores and softmax in float32 and may round the probabilities.
+    cache then takes K/H of the memory that H key/value heads would need.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, S, d)
@@ -281,7 +280,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, S, K, d)
         v = self.v_proj(x).view(heads)  # (B, S, K, d)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, T, K, d)
+            k, v = cache.update(self.layer, k, v)  # (B, T, K, d); with those of earlier calls
         return self.o_proj(self.attend(q, k, v, mask))
 
 
@@ -313,7 +312,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         table = torch.rand(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)  # quicker on "meta"
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -324,8 +323,8 @@ class Decoder(nn.Module):
             positions = positions + cache.tokens_read[:, None]
             key_positions = cache.reserve(positions, lengths)  # (B, T)
         x = self.embed_tokens(tokens)  # (B, S, D)
-        angles = rotation(positions, c.head_dim, c.rope_theta)
-        cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in angles)
+        turns = rotation(positions, c.head_dim, c.rope_theta)
+        cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in turns)
         mask = visible(positions.to(x.device), key_positions.to(x.device), c.sliding_window)
         for layer in self.layers:
             x = layer(x, cos, sin, mask[:, None], cache)
@@ -333,7 +332,7 @@ class Decoder(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The language model: the logits of the token that follows each token, at least float32.
+    """The language model, which gives the logits of the token that follows each token.
 
     tokens (B, S) -> (B, S, V)
 
@@ -395,8 +394,7 @@ class Cache:
     A chunk is stored before its queries attend, so it must not evict a key that they need. If it
     begins at position s, it evicts positions s − C to s − C + chunk − 1, while its first query
     needs s − W + 1 and later positions. With C = W + chunk − 1 the last one evicted is s − W, just
-    too old to be needed. If there is no window, or if all tokens fit, C = max_length and no key is
-    ever evicted.
+    too old to be needed. Without a window, or if all fits, C = max_length and nothing is evicted.
     """
 
     keys: Tensor
@@ -411,7 +409,7 @@ class Cache:
         return self.positions.amax(dim=1) + 1
 
     def reserve(self, positions, lengths):
-        """Give slots to the real tokens of a chunk; returns the positions in all used slots.
+        """Choose slots for a chunk, which `update` then fills; returns the positions of all keys.
 
         positions (B, S), lengths (B) -> (B, T)
         """
@@ -424,7 +422,7 @@ class Cache:
         return self.positions[:, :self.used]
 
     def update(self, layer, k, v):
-        """Store the keys and values of a chunk; returns those in all used slots.
+        """Store a chunk's keys and values in the reserved slots; returns those of all used slots.
 
         k (B, S, K, d), v (B, S, K, d) -> (B, T, K, d), (B, T, K, d)
         """
@@ -435,7 +433,7 @@ class Cache:
 
 
 def check_config(c):
-    """Raises ValueError unless these are values of a Mixtral that this file can compute."""
+    """Raises ValueError unless this file can compute such a Mixtral."""
     def check(name, wanted, holds):
         if not holds:
             raise ValueError(f"config: {name} must be {wanted}, got {getattr(c, name)!r:.80}")
@@ -446,6 +444,8 @@ def check_config(c):
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of {H} query heads", H % c.num_key_value_heads == 0)
     check("head_dim", "even", c.head_dim % 2 == 0)
+    check("sliding_window", "positive or null", c.sliding_window is None or c.sliding_window > 0)
+    check("tie_word_embeddings", "false", not c.tie_word_embeddings)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
 
 
@@ -458,7 +458,7 @@ def read_json(path):
 
 
 def read_weights(directory):
-    """The tensors of model*.safetensors by name, mapped from disk. Raises ValueError."""
+    """The tensors of model*.safetensors by name, mapped from disk, or a ValueError."""
     weights = {}
     for file in sorted(Path(directory).glob("model*.safetensors")):
         try:
@@ -476,8 +476,8 @@ def read_weights(directory):
 def assemble(config, weights, adapt=None):
     """The model with these weights, which are not copied. Raises ValueError unless they fit.
 
-    `adapt(model)` may exchange layers of the model while it is empty. It is built on the device
-    "meta", where nothing is allocated and nn.Embedding(V, D) would take 2 s (see Decoder).
+    `adapt(model)` may exchange layers while the model is empty, on the device "meta". The first
+    check spares us building millions of modules for a config.json with a wrong number.
     """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     expert = f".experts.{config.num_local_experts - 1}."
