@@ -293,9 +293,10 @@ def read_params(path):
     required = {field: name for name, field in PARAMS.items() if field not in OPTIONAL}
     if missing := [name for field, name in required.items() if field not in fields]:
         raise ValueError(f"{path}: not the params.json of a Mixtral: missing {', '.join(missing)}")
-    window = str(fields.get("sliding_window")).lower()
-    if window in ("none", "null") or window.isdecimal():  # the fused release writes it as a string
-        fields["sliding_window"] = int(window) if window.isdecimal() else None
+    window = str(fields.get("sliding_window")).lower()  # the fused release writes it as a string
+    if window not in ("none", "null") and not window.isdecimal():
+        raise ValueError(f"{path}: sliding_window must be an integer or null, got {window!r:.80}")
+    fields["sliding_window"] = int(window) if window.isdecimal() else None
     fields.setdefault("max_position_embeddings", context_length(fields["hidden_size"]))
     return MixtralConfig.from_dict(fields)
 

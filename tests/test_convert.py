@@ -511,7 +511,8 @@ def test_the_conversion_continues_if_nobody_reads_what_it_prints(
 
 @pytest.mark.parametrize("options", [
     ["--max-shard-size", "huge"], ["--max-shard-size", "0MB"], ["--to", "onnx"],
-    ["--dtype", "int8"], ["--what"]])
+    ["--dtype", "int8"], ["--what"], ["--dtype", "int4", "--to", "mistral"],
+    ["--group-size", "64", "--dtype", "bfloat16"]])
 def test_bad_arguments_end_with_exit_code_2(options, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path, tmp_path / "out", *options)
@@ -634,6 +635,15 @@ def test_a_spoilt_input_is_refused_in_one_line_that_names_the_problem(
     spoil(source)
     refused(word, capsys, source, out)
     assert contents(tmp_path) == ["raw"] and not (source / "ran").exists()
+
+
+@pytest.mark.parametrize("options", [["--dtype", "int4"], [], ["--dtype", "bfloat16"]])
+def test_4_bits_need_the_folder_fast(options, tmp_path, out, monkeypatch, capsys):
+    scheme = {} if options == ["--dtype", "int4"] else {"quantization_config": {"a": 1}}
+    source = save(random_model(dtype=torch.float32), tmp_path / "raw", **scheme)
+    monkeypatch.setitem(sys.modules, "fast", None)
+    refused("fast/int4.py", capsys, source, out, *options)
+    assert run(mistral_pickle(random_model(dtype=torch.float32), tmp_path / "b"), out) == 0
 
 
 def test_the_parts_of_a_split_file_are_joined_by_the_command_that_the_refusal_shows(
