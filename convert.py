@@ -414,6 +414,9 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     """
     source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
     check_output(out, directory=True)
+    if source == out.with_name(f".{out.name}.part"):  # it would be removed as such
+        raise ValueError(f"{source}: is what an interrupted run to {out} has left; convert the "
+                         "original again")
     checkpoint = open_checkpoint(source)
     target = choose_target(source, checkpoint, to, dtype, group_size)
     files = shards(output_tensors(checkpoint, target, errors), to, limit)

@@ -6,8 +6,8 @@ every G neighbouring weights of a row share a scale, and a weight is a small mul
     w[r, c] = q[r, c] · scale[r, c // G],    q an integer in −8 … 7
 
 With G = 128 and scales of 16 bits, this costs 4 + 16/128 = 4.125 bits for each weight. The experts
-hold 96 % of the weights of Mixtral 8x7B, and every token reads a quarter of them. The rest stays in
-16 bits, because attention and above all the router suffer more from rounding than they would save.
+hold 97 % of the weights of Mixtral 8x7B, and every token reads a quarter of them. The rest stays in
+16 bits, because it is small, and because rounding should not change the router's choices.
 
 The format is the one that compressed-tensors calls `pack-quantized`, which transformers and vLLM
 read as well. A matrix `X.weight` of M rows and D columns becomes three tensors:
@@ -22,11 +22,8 @@ columns 8j … 8j + 7:
     bits   31…28  27…24  23…20  19…16  15…12  11…8   7…4    3…0
     holds   u₇     u₆     u₅     u₄     u₃     u₂     u₁     u₀
 
-The file goes from words to weights, from weights to words, into a model, and last to the kernel
-with which PyTorch multiplies 4-bit weights on a CPU. The letters are those of mixtral.py.
+The letters are those of mixtral.py.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +62,9 @@ PIECE = 2**17  # weights to convert at a time, so that they stay in the cache of
 
 
 def unpacked_exactly(packed, scale):
-    """Yield the weights of some rows after another, as a float64 tensor for each.
+    """Yield the weights of some rows after another in float64, in which the products are exact.
 
-    In float64 the products are exact: u − 8 has at most 3 significant bits, and a scale that was
-    stored in float32 or less has at most 24.
+    For u − 8 has at most 3 significant bits, and a scale of float32 or less has at most 24.
     """
     rows = max(1, PIECE // (8 * packed.shape[1]))
     for words, scales in zip(packed.split(rows), scale.split(rows), strict=True):
@@ -131,11 +127,11 @@ def compress(weight, G, dtype):
 
 def check_group_size(G, config):
     """Raises ValueError unless the experts of a model can be stored in groups of G."""
-    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    fitting = [str(n) for n in GROUP_SIZES if not math.gcd(*widths.values()) % n]
-    if str(G) not in fitting:
-        raise ValueError(f"groups of {G} weights do not divide {widths}; the group size can be "
-                         f"{' or '.join(fitting) or 'nothing'} here")
+    D, M = config.hidden_size, config.intermediate_size
+    fitting = [n for n in GROUP_SIZES if D % n == 0 and M % n == 0]
+    if G not in fitting:
+        raise ValueError(f"groups of {G} do not fit hidden_size {D} and intermediate_size {M}; the "
+                         f"group size can be {' or '.join(map(str, fitting)) or 'nothing'} here")
 
 
 # ------------------------------------------------------------------ config.json and models
@@ -154,8 +150,7 @@ def scheme_of(G):
 def check_scheme(scheme):
     """Raises ValueError if a quantization_config announces weights that mean something else.
 
-    Only what the tensors cannot show is compared. Their names and shapes tell which matrices have
-    4 bits, and in groups of which size.
+    Which matrices have 4 bits, and in groups of which size, is seen in the tensors themselves.
     """
     def check(part, **fields):
         for name, wanted in fields.items():
