@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fast import cpu, int4, memory, ranks
-from mixtral import MixtralConfig, assign, empty_model
+from mixtral import MixtralConfig, assemble
 
 
 def build(raw, weights, dtype=None, device="cpu"):
@@ -20,21 +20,17 @@ def build(raw, weights, dtype=None, device="cpu"):
     torch.distributed is initialised, this rank builds its share of the model. Raises ValueError if
     the weights fit neither config.json nor the memory, or cannot be divided.
     """
-    scheme = raw.get("quantization_config")
-    if scheme is not None:
-        int4.check_scheme(scheme)
-    on_cpu = torch.device(device).type == "cpu"
+    kind, scheme = torch.device(device).type, raw.get("quantization_config")
     if dist.is_initialized():
         raw, weights = ranks.shard(raw, weights, dist.get_rank(), dist.get_world_size())
-        if not on_cpu:
+        if kind == "cuda":
             torch.cuda.set_device(device)
-    model = empty_model(MixtralConfig.from_dict(raw), weights)
-    if scheme is not None:
-        int4.use_int4(model, scheme, weights)
     fits = memory.check_weights(weights, dtype, device)
-    model = assign(model, converted(weights, dtype, device))
-    del weights  # so that `tune` can release each weight that it replaces
-    if on_cpu:
+    weights = converted(weights, dtype, device)
+    adapt = None if scheme is None else lambda model: int4.use_int4(model, scheme, weights)
+    model = assemble(MixtralConfig.from_dict(raw), weights, adapt)
+    weights.clear()  # so that `tune` can release each weight that it replaces
+    if kind == "cpu":
         cpu.tune(model, may_copy=fits)
     return ranks.reduce_outputs(model) if dist.is_initialized() else model
 
