@@ -111,11 +111,9 @@ class Ours(Language):
     def prepare(self, root):
         sys.path.insert(0, str(root))
         import generate
-        from mixtral import Mixtral
 
         self.generate = generate.generate
-        tune = getattr(generate, "tune", lambda model: model)
-        return lambda directory, dtype: tune(Mixtral.from_pretrained(directory, dtype))
+        return lambda directory, dtype: generate.load(directory, dtype)[1]
 
     def write(self, tokens, new):
         self.generate(self.model, tokens.tolist(), new)
