@@ -205,7 +205,8 @@ class Step:
         self.kernels, self.experts = chosen_kernels(model) if B == 1 else (None, None)
 
     def __call__(self, tokens, lengths, cache):
-        cache.check_room(lengths)
+        if (cache.tokens_read + lengths).max() > cache.max_length:
+            raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
         if self.stale:  # others have read or forgotten tokens
             self.positions.copy_(cache.positions)
             self.now.copy_(cache.tokens_read)

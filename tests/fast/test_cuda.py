@@ -100,7 +100,7 @@ def test_a_full_cache_is_refused_before_anything_is_stored():
     pair = Pair(1, 4)
     pair.call(random_tokens(1, 3), [3])
     pair.call(random_tokens(1, 1), [1])
-    with pytest.raises(ValueError, match="room"):
+    with pytest.raises(ValueError, match="more than its"):
         pair.read(random_tokens(1, 1), torch.tensor([1]))
     assert pair.caches[1].positions.tolist() == [[0, 1, 2, 3]]
 
