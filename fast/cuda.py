@@ -1,0 +1,289 @@
+"""How does a step run without waiting for the GPU? A static cache, a CUDA graph, all experts.
+
+The host, which runs Python, only puts kernels into a queue, from which the GPU takes them. One step
+of mixtral.py on Mixtral 8x7B launches about 3,000 kernels, and in every layer it waits to see which
+experts were chosen. Meanwhile the queue runs empty, so that afterwards the GPU waits for Python. A
+step takes 79 ms, of which the GPU works for 11. A CUDA graph removes both waits: the launches of
+one step are recorded once, and later a single call replays them. It repeats the same kernels on the
+same addresses, so nothing in a step may depend on a number that the host would have to read:
+
+    the slot of the next token    The GPU counts by itself. `Step` has a copy of the positions in
+                                  the cache, and every step advances it.
+    the number of keys            Attention covers all slots, and the mask hides the empty ones.
+    the experts that run          For one text, the kernels of fast/kernels.py look up the chosen
+                                  experts on the card. For a batch, all experts run on all tokens.
+
+That sounds wasteful and is not. With 16 texts, an expert is chosen by none of them with probability
+(3/4)¹⁶ = 1 %, so nearly all weights must be read anyway. Reading takes so long that the superfluous
+products fit into the same time. The limit of a batch is thus to read all weights once for each
+step, which takes an H200 22 ms, for 64 texts as for 4.
+
+Prompts run the modules of mixtral.py in chunks of 4,096 tokens. An expert gets 1,024 of them on
+average, so multiplying takes longer than reading or waiting.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fast.int4 import Int4Linear
+from mixtral import SparseMoE, at_least_float32, route, visible
+
+CHUNK = 4096
+FEW_TOKENS = 128  # up to this number, all experts run on all tokens
+MASK_SIZE = 2**28  # the largest mask of one product, whose entries PyTorch also stores as numbers
+
+
+def prepare(model):
+    """Make a model on a GPU fast, layer by layer, so that at most one layer is there twice.
+
+    Matrices that are read together become views of one tensor; the model remains one of mixtral.py.
+    """
+    for layer in model.model.layers:
+        attention, moe = layer.self_attn, layer.block_sparse_moe
+        attention.attend, E = attend, len(moe.experts)
+        attention.qkv = merge([attention.q_proj, attention.k_proj, attention.v_proj], 1)
+        moe.w13 = merge([matrix for expert in moe.experts for matrix in (expert.w1, expert.w3)], E)
+        moe.w2 = merge([expert.w2 for expert in moe.experts], E)
+        if moe.w13 and moe.w2:
+            moe.__class__ = AllExperts
+        torch.cuda.empty_cache()
+    if triton_kernels(model.lm_head.weight.device):
+        for module in model.modules():
+            if isinstance(module, Int4Linear):
+                module.__class__ = UnpackedLinear
+    return model
+
+
+def triton_kernels(device):
+    """The module fast.kernels, or None where Triton is missing or the GPU is too old for it."""
+    if (device.type != "cuda" or torch.version.cuda is None
+            or torch.cuda.get_device_capability(device) < (8, 0)):
+        return None
+    try:
+        from fast import kernels
+    except ModuleNotFoundError:
+        return None
+    return kernels
+
+
+def merge(layers, count):
+    """The weights of linear layers below each other, of which theirs become views.
+
+    A list of one tensor (count, rows, n), or of two in 4 bits, words and scales. None if the layers
+    are not alike.
+    """
+    kinds = {(type(layer), *(t.shape[1:] for t in layer.state_dict().values())) for layer in layers}
+    if len(kinds) > 1:
+        return None
+    int4, merged = isinstance(layers[0], Int4Linear), []
+    for name in ("weight_packed", "weight_scale") if int4 else ("weight",):
+        parts = [getattr(layer, name).detach() for layer in layers]
+        whole = torch.cat(parts)
+        for layer, view in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+            setattr(layer, name, view if int4 else nn.Parameter(view, requires_grad=False))
+        merged.append(whole.unflatten(0, (count, -1)))
+    return merged
+
+
+class AllExperts(SparseMoE):
+    """The sparse mixture without a wait: few tokens all go through all experts.
+
+    (B, S, D) -> (B, S, D)
+
+    y = Σₑ weightₑ · SwiGLUₑ(x), where the weight of an expert that was not chosen is 0.
+    """
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (N, D)
+        if len(tokens) > FEW_TOKENS:
+            return super().forward(x)
+        weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
+        dense = weights.new_zeros(len(tokens), len(self.experts)).scatter(1, chosen, weights)
+        # An expert gets zeros for the tokens that did not choose it, and gives zeros for them. Its
+        # output for a kind of token that it never met in training could overflow, and 0·∞ ≠ 0.
+        inputs = torch.where(dense.T[:, :, None] > 0, tokens, 0)  # (E, N, D)
+        outputs = at_least_float32(self.run_all(inputs))  # (E, N, D)
+        return torch.einsum("ne,end->nd", dense, outputs).to(x.dtype).view(x.shape)
+
+    def run_all(self, inputs):
+        """Expert e on inputs[e]: (E, N, D) -> (E, N, D)."""
+        if len(self.w13) > 1:  # 4-bit weights, which are unpacked for one expert at a time
+            return torch.stack([e(x) for e, x in zip(self.experts, inputs, strict=True)])
+        gate, up = torch.bmm(inputs, self.w13[0].mT).chunk(2, dim=2)  # (E, N, M), (E, N, M)
+        return torch.bmm(F.silu(gate) * up, self.w2[0].mT)
+
+
+class UnpackedLinear(Int4Linear):
+    """A 4-bit layer whose weights one kernel unpacks: (..., D) -> (..., M)."""
+
+    def forward(self, x):
+        from fast.kernels_int4 import unpack
+        return F.linear(x, unpack(self.weight_packed, self.weight_scale))
+
+
+def attend(q, k, v, mask):
+    """`attend` of mixtral.py, with the H/K query heads of a key/value head as rows of one head.
+
+    q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
+
+    With a mask and grouped heads, PyTorch would store all scores (B, H, S, T). The kernel that does
+    not needs as many query heads as key heads. So the mask gets H/K equal rows for each token, and
+    many queries are taken in parts that keep it small.
+    """
+    (B, S, H, d), (T, K) = q.shape, k.shape[1:3]
+    part = max(1, MASK_SIZE // (B * H // K * T))
+    if part < S:
+        parts = [attend(q[:, s:s + part], k, v, mask[:, :, s:s + part]) for s in range(0, S, part)]
+        return torch.cat(parts, dim=1)
+    q = q.reshape(B, S, K, H // K, d).transpose(1, 2).flatten(2, 3)  # (B, K, S·H/K, d)
+    mask = mask.repeat_interleave(H // K, dim=2)  # (B, 1, S·H/K, T)
+    mixed = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
+    return mixed.view(B, K, S, H // K, d).transpose(1, 2).flatten(2)
+
+
+# ------------------------------------------------------------------ one token for every row
+
+
+def reader(model, cache):
+    """A function read(tokens, lengths) that gives the logits after the last token of each row.
+
+    tokens (B, S), lengths (B) -> (B, V)
+
+    Calls with S = 1 replay a graph, which stays with the cache. Between two calls of one `read`
+    nobody else may change the cache. The ranks of a model that is split over several devices
+    exchange their results in hooks of its modules, so its steps run as they are, without a graph.
+    """
+    mixtures = [layer.block_sparse_moe for layer in model.model.layers]
+    if getattr(model, "sharded", False) or not all(type(m) is AllExperts for m in mixtures):
+        return lambda tokens, lengths: model(tokens, cache, lengths, last_only=True)[:, 0]
+    if not hasattr(cache, "step"):
+        cache.step = Step(model, cache)
+    step = cache.step
+    step.stale = True
+
+    @torch.inference_mode()
+    def read(tokens, lengths):
+        lengths = lengths.cpu()
+        if tokens.shape[1] == 1 and lengths.any():
+            return step(tokens, lengths, cache)
+        step.stale = True
+        return model(tokens, cache, lengths, last_only=True)[:, 0]
+
+    return read
+
+
+def write_positions(positions, now, alive):
+    """Store the position now[b] in its slot of each row b that is alive.
+
+    positions (B, C), now (B), alive (B)
+    """
+    slot = now[:, None] % positions.shape[1]
+    kept = positions.gather(1, slot)
+    positions.scatter_(1, slot, torch.where(alive[:, None], now[:, None], kept))
+
+
+class Step:
+    """One token for each row of a cache, in operations that a CUDA graph can hold.
+
+    On the card are positions (B, C), now (B), the position of the next token, and alive (B), which
+    is false for a row that has ended. The keys and values are those of the cache. The positions in
+    the cache, on the CPU, advance while the GPU works.
+    """
+
+    def __init__(self, model, cache):
+        c, (B, C), device = model.config, cache.positions.shape, cache.keys.device
+        self.model, self.keys, self.values = model, cache.keys, cache.values
+        self.positions = torch.empty(B, C, dtype=torch.int64, device=device)
+        self.tokens = torch.empty(B, 1, dtype=torch.int64, device=device)
+        self.now = torch.empty(B, dtype=torch.int64, device=device)
+        self.alive = torch.empty(B, dtype=torch.bool, device=device)
+        self.rows = torch.arange(B, device=device)
+        exponents = torch.arange(0, c.head_dim, 2).double() / c.head_dim
+        self.frequencies = (c.rope_theta ** -exponents).to(device)
+        self.compiled, self.graph, self.logits, self.stale = False, None, None, True
+        self.kernels, self.experts = chosen_kernels(model) if B == 1 else (None, None)
+
+    def __call__(self, tokens, lengths, cache):
+        if (cache.tokens_read + lengths).max() > cache.max_length:
+            raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
+        if self.stale:  # others have read or forgotten tokens
+            self.positions.copy_(cache.positions)
+            self.now.copy_(cache.tokens_read)
+        self.stale = True  # if this call is interrupted, the next one copies the positions again
+        self.tokens.copy_(tokens, non_blocking=True)
+        self.alive.copy_(lengths > 0, non_blocking=True)
+        logits = self.replay()
+        write_positions(cache.positions, cache.tokens_read, lengths > 0)
+        self.stale = False
+        return logits
+
+    def replay(self):
+        """The first step runs as it is and compiles the kernels, the second one is recorded."""
+        if not self.compiled or self.keys.device.type != "cuda":
+            self.compiled = True
+            return self.run()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.run()
+        self.graph.replay()
+        return self.logits.clone()  # the next replay overwrites them
+
+    def run(self):
+        """The logits (B, V) after the next token of each row."""
+        write_positions(self.positions, self.now, self.alive)
+        x = self.model.model.embed_tokens(self.tokens)  # (B, 1, D)
+        angles = self.now[:, None, None, None] * self.frequencies  # (B, 1, 1, d/2)
+        cos, sin = (part.to(at_least_float32(x).dtype) for part in (angles.cos(), angles.sin()))
+        logits = self.one_text(x, cos, sin) if self.kernels else self.batch(x, cos, sin)
+        self.now += self.alive
+        return at_least_float32(logits)
+
+    def batch(self, x, cos, sin):
+        """The modules of mixtral.py, for which this object is the cache."""
+        window = self.model.config.sliding_window
+        mask = visible(self.now[:, None], self.positions, window)  # (B, 1, C)
+        for layer in self.model.model.layers:
+            x = layer(x, cos, sin, mask[:, None], self)
+        return self.model.lm_head(self.model.model.norm(x))[:, 0]
+
+    def update(self, layer, k, v):
+        """Store the keys and values of the rows that are alive; returns those in all slots.
+
+        k (B, 1, K, d), v (B, 1, K, d) -> (B, C, K, d), (B, C, K, d)
+        """
+        at = self.rows, self.now % self.positions.shape[1]
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored[at] = torch.where(self.alive[:, None, None], new[:, 0], stored[at])
+        return self.keys[layer], self.values[layer]
+
+    def one_text(self, x, cos, sin):
+        """The forward pass of mixtral.py for one token, in kernels that read each weight once."""
+        ops, c, x = self.kernels, self.model.config, x.view(-1)  # (D)
+        cos, sin, slot = cos.view(-1), sin.view(-1), self.now % self.positions.shape[1]
+        for n, layer in enumerate(self.model.model.layers):
+            attention, moe, keys, values = (
+                layer.self_attn, layer.block_sparse_moe, self.keys[n, 0], self.values[n, 0])
+            qkv = ops.product(attention.qkv[0][0], ops.norm(x, layer.input_layernorm))
+            q = ops.rotate(qkv, cos, sin, slot, keys, values, c.num_attention_heads)
+            mixed = ops.attend(q, keys, values, self.positions, self.now, c.sliding_window)
+            x = ops.product(attention.o_proj.weight, mixed, add=x)
+            token, chosen, share = ops.route(
+                x, layer.post_attention_layernorm, moe.gate.weight, moe.top_k)
+            h = self.experts.gate_up(token, chosen, *moe.w13)
+            x = self.experts.down(h, chosen, share, x, *moe.w2)
+        return ops.product(self.model.lm_head.weight, ops.norm(x, self.model.model.norm))[None]
+
+
+def chosen_kernels(model):
+    """The modules with kernels for this model and for its experts, or None and None."""
+    kernels = triton_kernels(model.lm_head.weight.device)
+    mixtures = [layer.block_sparse_moe for layer in model.model.layers]
+    if kernels is None or not all(kernels.fits(layer) for layer in model.model.layers):
+        return None, None
+    if all(len(moe.w13) == 1 for moe in mixtures):
+        return kernels, kernels
+    from fast import kernels_int4
+    fits = all(kernels_int4.fits(*weights) for moe in mixtures for weights in (moe.w13, moe.w2))
+    return (kernels, kernels_int4) if fits else (None, None)

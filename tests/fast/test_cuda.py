@@ -1,0 +1,270 @@
+"""Claims about fast/cuda.py. Without a GPU the steps run as they are, with a GPU as CUDA graphs."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fast import cuda
+from mixtral import SparseMoE, attend, visible
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+def model_pair(seed=0, dtype=torch.float64, **changes):
+    """A model of mixtral.py, and the same one prepared for the GPU."""
+    torch.manual_seed(seed)
+    plain = small_model(DEVICE, dtype, **changes)
+    return plain, cuda.prepare(copy.deepcopy(plain))
+
+
+def random_tokens(*shape):
+    return torch.randint(16, shape, device=DEVICE)
+
+
+def relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+class Pair:
+    """A plain cache and a prepared one, which must stay equal after every call."""
+
+    def __init__(self, rows, length, chunk=3, **changes):
+        self.models = model_pair(**changes)
+        self.caches = [model.new_cache(rows, length, chunk) for model in self.models]
+        self.read = cuda.reader(self.models[1], self.caches[1])
+
+    def call(self, tokens, lengths):
+        lengths = torch.tensor(lengths)
+        expected = self.models[0](tokens, self.caches[0], lengths, last_only=True)[:, 0]
+        result = self.read(tokens, lengths)
+        real = lengths > 0  # the logits of a row that reads nothing mean nothing
+        assert result.shape == expected.shape
+        if real.any():
+            assert relative_error(result[real], expected[real]) < 1e-12
+        assert torch.equal(self.caches[0].positions, self.caches[1].positions)
+        torch.testing.assert_close(self.caches[1].keys, self.caches[0].keys)
+        torch.testing.assert_close(self.caches[1].values, self.caches[0].values)
+
+
+# ---------------------------------------------------------------- the static cache
+
+
+@settings(max_examples=40, deadline=None)
+@given(window=st.sampled_from([None, 1, 5]), data=st.data(), heads=st.sampled_from([2, 6]),
+       rows=st.integers(1, 3))
+def test_the_static_cache_equals_the_cache_call_after_call(window, data, heads, rows):
+    """Prompts and single tokens in any order, rows that have ended, wraps, and a trimmed chat."""
+    pair = Pair(rows, 60, sliding_window=window, num_attention_heads=heads)
+    for _ in range(data.draw(st.integers(1, 8))):
+        longest = data.draw(st.sampled_from([1, 1, 1, 4]))
+        lengths = data.draw(st.lists(st.integers(0, longest), min_size=rows, max_size=rows))
+        pair.call(random_tokens(rows, longest), lengths)
+        if data.draw(st.integers(0, 4)) == 0:  # an interrupted turn ends, and the next one begins
+            kept = data.draw(st.integers(0, 6))
+            for cache in pair.caches:
+                cache.positions[cache.positions >= kept] = -1
+            pair.read = cuda.reader(pair.models[1], pair.caches[1])
+
+
+def test_a_step_that_was_interrupted_does_not_count(monkeypatch):
+    pair = Pair(2, 20)
+    pair.call(random_tokens(2, 3), [3, 2])
+    pair.call(random_tokens(2, 1), [1, 1])
+
+    def interrupted(step):
+        step.run()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cuda.Step, "replay", interrupted)
+        pair.read(random_tokens(2, 1), torch.tensor([1, 1]))
+    for _ in range(3):
+        pair.call(random_tokens(2, 1), [1, 1])
+
+
+def test_a_full_cache_is_refused_before_anything_is_stored():
+    pair = Pair(1, 4)
+    pair.call(random_tokens(1, 3), [3])
+    pair.call(random_tokens(1, 1), [1])
+    with pytest.raises(ValueError, match="more than its"):
+        pair.read(random_tokens(1, 1), torch.tensor([1]))
+    assert pair.caches[1].positions.tolist() == [[0, 1, 2, 3]]
+
+
+def test_logits_stay_as_they_are_when_the_next_token_is_read():
+    pair = Pair(1, 20)
+    for _ in range(2):
+        pair.call(random_tokens(1, 1), [1])
+    first = pair.read(random_tokens(1, 1), torch.tensor([1]))
+    kept = first.clone()
+    pair.read(random_tokens(1, 1), torch.tensor([1]))
+    assert torch.equal(first, kept)
+
+
+def test_two_caches_of_one_model_do_not_disturb_each_other():
+    plain, fast = model_pair()
+    caches = [fast.new_cache(1, 20, 4) for _ in range(2)]
+    tokens = random_tokens(2, 12)
+    reads = [cuda.reader(fast, cache) for cache in caches]
+    for n in range(12):
+        for row, read in enumerate(reads):
+            logits = read(tokens[row:row + 1, n:n + 1], torch.tensor([1]))
+            assert relative_error(logits, plain(tokens[row:row + 1, :n + 1])[:, -1]) < 1e-12
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_are_replayed_as_one_graph(rows):
+    _, fast = model_pair(dtype=torch.bfloat16)
+    cache = fast.new_cache(rows, 20, 4)
+    read = cuda.reader(fast, cache)
+    for _ in range(3):
+        read(random_tokens(rows, 1), torch.ones(rows, dtype=torch.int64))
+    assert isinstance(cache.step.graph, torch.cuda.CUDAGraph)
+    assert (cache.step.kernels is not None) == (rows == 1)
+
+
+# ---------------------------------------------------------------- all experts
+
+
+@settings(max_examples=40, deadline=None)
+@given(E=st.integers(1, 6), data=st.data(), rows=st.integers(1, 3), S=st.integers(1, 40))
+def test_all_experts_on_all_tokens_equal_the_loop(E, data, rows, S):
+    A = data.draw(st.integers(1, E))
+    plain, fast = model_pair(num_local_experts=E, num_experts_per_tok=A, num_hidden_layers=1)
+    x = torch.randn(rows, S, 16, dtype=torch.float64, device=DEVICE)
+    expected = plain.model.layers[0].block_sparse_moe(x)
+    moe = fast.model.layers[0].block_sparse_moe
+    assert type(moe) is cuda.AllExperts
+    assert relative_error(moe(x), expected) < 1e-12
+
+
+def test_a_few_tokens_do_not_wait_for_the_choice_of_experts(monkeypatch):
+    def loop(self, x):
+        raise AssertionError
+
+    _, fast = model_pair(num_hidden_layers=1)
+    monkeypatch.setattr(SparseMoE, "forward", loop)
+    moe = fast.model.layers[0].block_sparse_moe
+    moe(torch.randn(1, cuda.FEW_TOKENS, 16, dtype=torch.float64, device=DEVICE))
+    with pytest.raises(AssertionError):
+        moe(torch.randn(1, cuda.FEW_TOKENS + 1, 16, dtype=torch.float64, device=DEVICE))
+
+
+def test_an_expert_that_was_not_chosen_cannot_spoil_the_sum():
+    """Its output for a token that it never sees in training may be infinite."""
+    plain, fast = model_pair(num_hidden_layers=1)
+    x = torch.ones(1, 1, 16, dtype=torch.float64, device=DEVICE)
+    for model in plain, fast:
+        moe = model.model.layers[0].block_sparse_moe
+        moe.gate.weight[3] = -1  # expert 3 has the smallest logit
+        moe.gate.weight[:3].abs_()
+        for matrix in moe.experts[3].children():
+            matrix.weight.fill_(1e200)  # its products overflow
+    result = fast.model.layers[0].block_sparse_moe(x)
+    assert relative_error(result, plain.model.layers[0].block_sparse_moe(x)) < 1e-12
+
+
+def test_experts_in_4_bits_run_on_all_tokens_too():
+    changes = {"group_size": 16, "hidden_size": 32, "intermediate_size": 16}
+    pair = Pair(3, 20, **changes)
+    assert type(pair.models[1].model.layers[0].block_sparse_moe) is cuda.AllExperts
+    pair.call(random_tokens(3, 4), [4, 2, 1])
+    for lengths in ([1, 1, 1], [0, 1, 1], [0, 0, 1]):
+        pair.call(random_tokens(3, 1), lengths)
+
+
+# ---------------------------------------------------------------- the prepared model
+
+
+def test_the_prepared_model_has_the_same_weights_once():
+    for changes in {}, {"group_size": 16, "hidden_size": 32, "intermediate_size": 16}:
+        plain, fast = model_pair(**changes)
+        weights = fast.state_dict()
+        assert list(weights) == list(plain.state_dict())
+        for name, weight in plain.state_dict().items():
+            assert torch.equal(weights[name], weight)
+        stored = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
+                  for w in weights.values()}
+        assert sum(stored.values()) == sum(w.nbytes for w in plain.state_dict().values())
+
+
+def test_prompts_of_the_prepared_model_equal_mixtral(monkeypatch):
+    monkeypatch.setattr(cuda, "FEW_TOKENS", 2)
+    monkeypatch.setattr(cuda, "MASK_SIZE", 50)  # several parts
+    plain, fast = model_pair(sliding_window=5)
+    tokens = random_tokens(2, 19)
+    assert relative_error(fast(tokens), plain(tokens)) < 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(B=st.integers(1, 3), S=st.integers(1, 6), T=st.integers(1, 9), K=st.integers(1, 3),
+       ratio=st.integers(1, 4), size=st.sampled_from([1, 60, 2**28]))
+def test_attention_in_parts_equals_attend(B, S, T, K, ratio, size):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, n, h, 4, dtype=torch.float64, generator=generator).to(DEVICE)
+               for n, h in ((S, K * ratio), (T, K), (T, K)))
+    queries = torch.arange(T - 1, T - 1 + S).expand(B, S)
+    mask = visible(queries, torch.arange(T).expand(B, T), 4)[:, None].to(DEVICE)
+    mask[..., T - 1] = True  # every query sees a key
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "MASK_SIZE", size)
+        assert relative_error(cuda.attend(q, k, v, mask), attend(q, k, v, mask)) < 1e-12
+
+
+def test_layers_that_are_not_alike_stay_as_they_are():
+    """One expert in 4 bits beside others in 16: the loop of mixtral.py, without a graph."""
+    torch.manual_seed(0)
+    model = small_model(DEVICE, torch.float64, hidden_size=32, intermediate_size=16, group_size=16)
+    moe = model.model.layers[1].block_sparse_moe
+    moe.experts[2] = small_model(DEVICE, torch.float64, hidden_size=32, intermediate_size=16
+                                 ).model.layers[0].block_sparse_moe.experts[0]
+    fast = cuda.prepare(copy.deepcopy(model))
+    cache = fast.new_cache(1, 9)
+    read, tokens = cuda.reader(fast, cache), random_tokens(1, 5)
+    for n in range(5):
+        logits = read(tokens[:, n:n + 1], torch.tensor([1]))
+        assert relative_error(logits, model(tokens[:, :n + 1])[:, -1]) < 1e-12
+    assert not hasattr(cache, "step")
+
+
+def test_a_model_split_over_devices_runs_its_modules_with_their_hooks():
+    plain, fast = model_pair()
+    fast.sharded, calls = True, []
+    for layer in fast.model.layers:
+        layer.block_sparse_moe.register_forward_hook(lambda *_: calls.append(1))
+    cache = fast.new_cache(1, 9)
+    read, tokens = cuda.reader(fast, cache), random_tokens(1, 3)
+    for n in range(3):
+        logits = read(tokens[:, n:n + 1], torch.tensor([1]))
+        assert relative_error(logits, plain(tokens[:, :n + 1])[:, -1]) < 1e-12
+    assert len(calls) == 6 and not hasattr(cache, "step")
+
+
+def test_without_triton_or_on_an_old_gpu_the_batch_path_remains(monkeypatch):
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from fast import cuda
+torch.version.cuda = "13.0"
+for capability in ((7, 5), (9, 0)):
+    torch.cuda.get_device_capability = lambda device: capability
+    assert cuda.triton_kernels(torch.device("cuda")) is None
+assert cuda.triton_kernels(torch.device("cpu")) is None
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
