@@ -630,7 +630,7 @@ def check_records(path):
             begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
             descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # behind the content
-            if entry.compress_type or begin + entry.file_size + descriptor != end:
+            if begin + entry.file_size + descriptor != end:
                 raise ValueError(f"{entry.filename} is not as torch.save writes it; load the file "
                                  "and save it again")
 

@@ -108,12 +108,12 @@ def compress(weight, G, dtype):
 
     weight (M, D) -> (M, D/8), (M, D/G)
 
-    The scales have the given dtype and are found in at least float32. Raises ValueError if a scale
-    is NaN or infinite, as it is for a group with a weight that is.
+    The scales have the given dtype and are found in float32. Raises ValueError if a scale is NaN or
+    infinite, as it is for a group with a weight that is.
     """
     words, scales, error, size = [], [], 0.0, 0.0
     for rows in weight.split(max(1, PIECE // weight.shape[1])):
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.float()
         q, scale = quantise(rows, G, dtype)
         if not scale.isfinite().all():
             raise ValueError(f"holds NaN or numbers too large for 4 bits with scales of {dtype}")
