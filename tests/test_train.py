@@ -193,7 +193,7 @@ def test_the_rate_rises_linearly_stays_and_falls_linearly_towards_the_step_after
 
 @pytest.mark.parametrize("more, word", [
     (["--vocab=5000"], "--vocab"), (["--batch=10000"], "--batch"),
-    (["--heads=3"], "num_attention_heads"), (["--device=nowhere"], "nowhere"),
+    (["--heads=3"], "head_dim"), (["--device=nowhere"], "nowhere"),
     (["--valid=/dev/null"], "/dev/null"), (["--train=/nowhere"], "/nowhere"), ([], "state.pt")])
 def test_bad_input_is_refused_in_one_line(more, word, tmp_path, capsys):
     command = options(tmp_path, "out", *more)
