@@ -438,12 +438,13 @@ def check_config(c):
         if not holds:
             raise ValueError(f"config: {name} must be {wanted}, got {getattr(c, name)!r:.80}")
 
-    for name in [f.name for f in fields(c) if f.type is int] + ["head_dim"]:
-        check(name, "a positive integer", type(getattr(c, name)) is int and getattr(c, name) > 0)
+    for name, kind in [(f.name, f.type) for f in fields(c) if f.type in (int, float)]:
+        value = getattr(c, name)
+        check(name, f"a positive {kind.__name__}", type(value) in (int, kind) and value > 0)
     H, E = c.num_attention_heads, c.num_local_experts
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of {H} query heads", H % c.num_key_value_heads == 0)
-    check("head_dim", "even", c.head_dim % 2 == 0)
+    check("head_dim", "even", type(c.head_dim) is int and c.head_dim % 2 == 0 < c.head_dim)
     check("sliding_window", "positive or null", c.sliding_window is None or c.sliding_window > 0)
     check("tie_word_embeddings", "false", not c.tie_word_embeddings)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
@@ -473,7 +474,7 @@ def read_weights(directory):
     return weights
 
 
-def assemble(config, weights, adapt=None):
+def assemble(config, weights, adapt=lambda model: None):
     """The model with these weights, which are not copied. Raises ValueError unless they fit.
 
     `adapt(model)` may exchange layers while the model is empty, on the device "meta". The first
@@ -485,8 +486,7 @@ def assemble(config, weights, adapt=None):
         raise ValueError(f"the weights do not fit config.json: {last}*{expert}* is missing")
     with torch.device("meta"):
         model = Mixtral(config)
-    if adapt:
-        adapt(model)
+    adapt(model)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

@@ -27,7 +27,11 @@ def build(raw, weights, dtype=None, device="cpu"):
             torch.cuda.set_device(device)
     fits = memory.check_weights(weights, dtype, device)
     weights = converted(weights, dtype, device)
-    adapt = None if scheme is None else lambda model: int4.use_int4(model, scheme, weights)
+
+    def adapt(model):
+        if scheme is not None:
+            int4.use_int4(model, scheme, weights)
+
     model = assemble(MixtralConfig.from_dict(raw), weights, adapt)
     weights.clear()  # so that `tune` can release each weight that it replaces
     if kind == "cpu":
