@@ -244,6 +244,7 @@ def test_shards_stay_under_their_limit_and_are_indexed(tmp_path, out):
         with safe_open(path, framework="pt") as file:
             assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 20_000
             assert {index["weight_map"][name] for name in file.keys()} == {path.name}
+            assert file.metadata() == {"format": "pt"}  # transformers asks for it
 
 
 def test_a_dtype_is_converted_and_an_absent_rope_theta_is_a_million(tmp_path, out):
