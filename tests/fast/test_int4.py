@@ -333,7 +333,6 @@ def test_a_repacked_model_gives_the_plain_logits_and_no_weight_stays_mapped(chec
     assert (model(TOKENS) - wanted).abs().max() < 2**-4 * wanted.abs().max()
 
 
-@pytest.mark.skipif(not hasattr(fast, "build"), reason="fast/__init__.py does not build models yet")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_in_other_dtypes_the_plain_layer_is_kept(dtype, checkpoint):
     raw = read_json(checkpoint / "config.json")
