@@ -88,8 +88,9 @@ def join(device):
     """Connect the ranks that torchrun started, if any; returns the device of this rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
-    # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
-    dist.init_process_group(timeout=timedelta(days=1))
+    if not dist.is_initialized():
+        # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
+        dist.init_process_group(timeout=timedelta(days=1))
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 
