@@ -437,7 +437,7 @@ def converse(args, tokenizer, model, options):
     """A conversation with one message per line, until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and a history
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # Ctrl-C ends torchrun and so all ranks
+    if os.environ.get("RANK") == "0":  # Ctrl-C ends torchrun and so all ranks
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     chat = Chat(model, tokenizer, args.system, **options)
     while (line := read_line()) is not None:
