@@ -63,8 +63,8 @@ def sample(logits, temperature=0.0, top_p=1.0, generator=None):
 
     Temperature 0 is the argmax. The nucleus is the smallest set of the likeliest tokens whose
     probabilities sum to at least top_p, so it is never empty. Of equal logits, the token with the
-    lower id counts as likelier. The result is on the CPU, and so must the generator be. Raises
-    ValueError unless the largest logit is finite.
+    lower id counts as likelier. Raises ValueError unless the largest logit is finite. The result is
+    on the CPU, and so must the generator be.
 
     >>> sample(torch.tensor([1.0, 3.0, 3.0]))
     tensor(1)
@@ -161,13 +161,12 @@ def new_cache(model, rows, length):
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
     """The new tokens of each prompt as a list of lists; a drawn EOS is included and is the last.
 
-    All rows use the same seed, so equal prompts give equal texts. Raises ValueError for an empty
-    prompt or a token outside the vocabulary.
+    All rows use the same seed, so with a seed equal prompts give equal texts.
     """
     new, options = [[] for _ in prompts], (temperature, top_p, seed, eos_id)
     for step in generate_steps(model, prompts, max_new_tokens, *options) if prompts else ():
         for row, drawn in zip(new, step, strict=True):
-            row += [] if drawn is None else [drawn[0]]
+            row.extend(drawn[:1] if drawn else [])
     return new
 
 
@@ -263,20 +262,16 @@ def load(directory, dtype=None, device="cpu"):
     ValueError if the directory is incomplete or damaged, or if the weights do not fit into memory.
     """
     check_device(device)
-    try:
-        raw = read_json(Path(directory) / "config.json")
-        config, tokenizer = MixtralConfig.from_dict(raw), Tokenizer(directory)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the "
-                             f"model only {config.vocab_size}; they do not belong together")
-        if fast:
-            return tokenizer, fast.build(raw, read_weights(directory), dtype, device)
-        if "quantization_config" in raw or "TORCHELASTIC_RUN_ID" in os.environ:
-            raise ValueError("4-bit weights and several ranks need the folder fast/")
-        return tokenizer, Mixtral.from_pretrained(directory, dtype, device)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        # For example, config.json has a list where a number should be.
-        raise ValueError(f"{directory}: cannot be loaded: {error!r}") from error
+    raw = read_json(Path(directory) / "config.json")
+    config, tokenizer = MixtralConfig.from_dict(raw), Tokenizer(directory)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
+                         f"only {config.vocab_size}; they do not belong together")
+    if fast:
+        return tokenizer, fast.build(raw, read_weights(directory), dtype, device)
+    if "quantization_config" in raw or "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("4-bit weights and several ranks need the folder fast/")
+    return tokenizer, Mixtral.from_pretrained(directory, dtype, device)
 
 
 def check_device(device):
@@ -442,7 +437,7 @@ def converse(args, tokenizer, model, options):
     """A conversation with one message per line, until /exit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and a history
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # Ctrl-C ends torchrun and so all ranks
+    if os.environ.get("RANK") == "0":  # Ctrl-C ends torchrun and so all ranks
         signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     chat = Chat(model, tokenizer, args.system, **options)
     while (line := read_line()) is not None:
@@ -485,13 +480,18 @@ def main(argv=None):
         return write(args)
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # standard output is written again at the end, and must not fail then
+    except OSError as problem:  # standard output is written again at the end: it must not fail then
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
+        if isinstance(problem, BrokenPipeError):
             sys.exit(0)  # without waiting for other ranks, which still compute
-        error = f"{error.filename or 'standard output'}: {error.strerror}"
+        error = f"{problem.filename or 'standard output'}: {problem.strerror}"
     except ValueError as problem:
-        error = " ".join(str(problem).split())
+        error = str(problem)
+    except Exception as problem:  # for example, config.json has a list in place of a number
+        if sys.flags.dev_mode:
+            raise
+        error = f"{args.model}: {problem!r}; python -X dev shows where"
+    error = "".join(c if c.isprintable() else " " for c in error)
     print(f"generate.py: {error:.2000}", file=sys.stderr)
     return 1
 

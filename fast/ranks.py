@@ -23,7 +23,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from datetime import timedelta
 
 import torch
@@ -66,7 +65,8 @@ def reduce_outputs(model):
     """Add an all-reduce to the output of every attention and every mixture; returns the model."""
     def all_reduce(module, inputs, output):
         output = output.contiguous()
-        dist.all_reduce(output)
+        with ended_by_others():
+            dist.all_reduce(output)
         return output
 
     for layer in model.model.layers:
@@ -88,8 +88,9 @@ def join(device):
     """Connect the ranks that torchrun started, if any; returns the device of this rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
-    # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
-    dist.init_process_group(timeout=timedelta(days=1))
+    if not dist.is_initialized():
+        # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
+        dist.init_process_group(timeout=timedelta(days=1))
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 
@@ -99,23 +100,37 @@ def from_first(value):
         return value
     data = torch.tensor(list(json.dumps(value).encode()))
     size = torch.tensor([len(data)])
-    dist.broadcast(size, src=0)
-    data = data if dist.get_rank() == 0 else data.new_empty(int(size))
-    dist.broadcast(data, src=0)
+    with ended_by_others():
+        dist.broadcast(size, src=0)
+        data = data if dist.get_rank() == 0 else data.new_empty(int(size))
+        dist.broadcast(data, src=0)
     return json.loads(bytes(data.tolist()))
 
 
-def run(command):
-    """The exit code of `command()`. Under torchrun, the process ends with it before it returns.
+@contextlib.contextmanager
+def ended_by_others():
+    """End this rank if it cannot communicate, because then another rank has ended.
 
-    Only rank 0 reads and prints, and an interruption by Ctrl-C only ends rank 0; the others then
-    lose their connection and end too. When one rank fails, torchrun ends all of them. An error that
-    all ranks have must appear once, so the others wait 10 s before they report theirs. In this time
-    rank 0 reports the same error, unless it does not have it.
+    That rank, or torchrun, says why. If it was killed, only rank 0 knows, so it prints a line.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return command()
-    if os.environ["RANK"] == "0":
+    try:
+        yield
+    except RuntimeError:
+        if dist.get_rank() > 0:
+            sys.exit(0)
+        print("generate.py: rank 0 stops because another rank has ended", file=sys.stderr)
+        sys.exit(1)
+
+
+def run(command):
+    """The exit code of `command()` on this rank; the process ends with it if ranks are connected.
+
+    Only rank 0 reads and prints, and Ctrl-C ends only rank 0; the others then lose their connection
+    and end too. When one rank fails, torchrun ends all of them. An error that all ranks have must
+    appear once, so the others wait 10 s before they report theirs. By then rank 0 has reported the
+    same error, unless it does not have it.
+    """
+    if os.environ.get("RANK", "0") == "0":
         code = exit_code(command)
     else:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -125,26 +140,20 @@ def run(command):
             code = exit_code(command)
         if code:
             time.sleep(10)
-            sys.stderr.write(told.getvalue())
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # at a usual exit, the threads of torch.distributed can hang or abort
+            print(told.getvalue(), end="", file=sys.stderr)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # at a usual exit, the threads of torch.distributed can abort
+    return code
 
 
 def exit_code(command):
-    """The exit code of `command()` on this rank; an unexpected error prints its traceback."""
+    """The exit code of `command()`. A rank that succeeds ends together with the others."""
     try:
         code = command()
         if code == 0 and dist.is_initialized():
-            dist.barrier()  # a rank must not end while another one still receives from it
+            with ended_by_others():
+                dist.barrier()  # no rank ends while another one still receives from it
         return code
-    except SystemExit as end:  # of argparse
+    except SystemExit as end:
         return end.code
-    except Exception as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            traceback.print_exc()
-            return 1
-        if dist.get_rank() > 0:
-            return 0  # rank 0 reports why it ended, or that another rank has
-        print("generate.py: rank 0 stops because another rank has ended", file=sys.stderr)
-        return 1
