@@ -217,14 +217,15 @@ def attend_masked(q, k, v, mask):
 def reader(model, cache):
     """A function read(tokens, lengths) that gives the logits after the last token of each row.
 
-    tokens (B, S), lengths (B) -> (B, V)
-
-    Calls with S = 1 replay a graph, which stays with the cache. Between two calls of one `read`
-    nobody else may change the cache. The ranks of a model that is split over several devices
-    exchange their results in hooks of its modules, so its steps run as they are, without a graph.
+    It takes tokens (B, S) and lengths (B), and returns (B, V). Calls with S = 1 replay a graph,
+    which stays with the cache. Between two calls of one `read` nobody else may change the cache.
+    The ranks of a model that is split over several devices exchange their results in hooks of its
+    modules, so its steps run as they are, without a graph. So does a model whose routers have
+    hooks, as generate.py --experts gives them.
     """
     mixtures = [layer.block_sparse_moe for layer in model.model.layers]
-    if getattr(model, "sharded", False) or not all(type(m) is MergedMoE for m in mixtures):
+    if getattr(model, "sharded", False) or any(
+            type(m) is not MergedMoE or m.gate._forward_hooks for m in mixtures):
         return lambda tokens, lengths: model(tokens, cache, lengths, last_only=True)[:, 0]
     if not hasattr(cache, "step"):
         cache.step = Step(model, cache)

@@ -91,6 +91,8 @@ def join(device):
     if not dist.is_initialized():
         # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
         dist.init_process_group(timeout=timedelta(days=1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 

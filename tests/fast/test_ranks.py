@@ -54,7 +54,10 @@ def checkpoints(folder):
 def test_the_outputs_of_all_ranks_add_up_to_those_of_the_whole_model(tmp_path, count, int4):
     """Both sums are taken where `reduce_outputs` puts an all-reduce."""
     def model_of(raw, weights):
-        adapt = int4 and (lambda model: use_int4(model, raw["quantization_config"], weights))
+        def adapt(model):
+            if int4:
+                use_int4(model, raw["quantization_config"], weights)
+
         return assemble(MixtralConfig.from_dict(raw), weights, adapt)
 
     model = random_model(num_key_value_heads=6, intermediate_size=48)
@@ -152,7 +155,7 @@ def numbers_and_texts(root):
 def torchrun(*args, stdin=None, act=None):
     """Start two ranks, call act(process, pids of the ranks) after 20 characters, wait for the end.
 
-    Returns exit code, rest of the text, standard error, seconds since `act`, and pids that are left.
+    Returns exit code, rest of the text, standard error, seconds since `act`, and pids still there.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", *args]
