@@ -159,10 +159,7 @@ def new_cache(model, rows, length):
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
-    """The new tokens of each prompt as a list of lists; a drawn EOS is included and is the last.
-
-    All rows use the same seed, so with a seed equal prompts give equal texts.
-    """
+    """The new tokens of each prompt, with the EOS if it was drawn; all rows use the same seed."""
     new, options = [[] for _ in prompts], (temperature, top_p, seed, eos_id)
     for step in generate_steps(model, prompts, max_new_tokens, *options) if prompts else ():
         for row, drawn in zip(new, step, strict=True):
