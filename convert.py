@@ -5,15 +5,14 @@ The weights of Mixtral are published in three layouts. The names of the tensors 
     layout          files                                      differences from Hugging Face's
     Hugging Face    config.json; model*.safetensors or
                     pytorch_model*.bin                         -
-    Mistral         params.json; consolidated.safetensors,     names; row order of wq and wk
-                    consolidated.00.pth or its -splitN parts
+    Mistral         params.json; consolidated.safetensors
+                    or consolidated.00.pth                     names; row order of wq and wk
     Mistral, fused  params.json; consolidated.00.pt … .07.pt   also: the experts of a layer are one
                                                                (E·M, D), with w2 transposed
 
-All three can be read. The Hugging Face layout and the first Mistral layout can be written.
-`--dtype int4` stores the experts in 4 bits, in the Hugging Face layout and in the format that
-`Int4Linear` in mixtral.py describes. A checkpoint with 4-bit weights is copied as it is, or with
---dtype bfloat16 turned back into an ordinary one.
+All three can be read, and the first two can be written. `--dtype int4` writes the Hugging Face
+layout with experts in 4 bits, which is the subject of fast/int4.py. A checkpoint that has 4-bit
+weights already is copied as it is, or turned back into an ordinary one by another --dtype.
 
 The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
 rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
@@ -25,26 +24,22 @@ meet, so every head of q and k is reordered. For d = 8:
                          4 5                       row 2 with row 3, and so on.
                          6 7
 
-Memory: at first, only names, shapes and file offsets are read. The numbers of a tensor are read
-when it is written, so memory holds at most one tensor and its converted copy.
+A checkpoint need not fit into memory. Its files are mapped, so the system reads a page when it is
+needed and may drop it again at any time, and besides these pages a conversion holds one matrix and
+its converted copy. Pickled files are opened with weights_only=True and cannot run code. The output
+is written to `.OUT.part` beside OUT, which gets its name when it is complete.
 
-Safety: pickles are opened with weights_only=True, so they cannot run code. The output is written to
-`.OUT.part` beside OUT and renamed when it is complete.
+Not included: other quantised formats, LoRA weights, new chat templates (existing ones are copied),
+pieces that a v3 tokenizer declares as whole (its tokenizer.json spells them out), and two runs that
+write the same output at the same time.
 
-Not included: other quantised formats, LoRA weights, non-contiguous tensors in pickles, new chat
-templates (existing ones are copied), pieces that a v3 tokenizer declares as whole (its
-tokenizer.json spells them out), and two runs that write the same output at the same time.
-
-Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted. If nobody reads standard
-output any more, the conversion continues without progress.
+Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
 
 import argparse
-import bisect
 import contextlib
 import ctypes
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -52,11 +47,11 @@ import os
 import re
 import shlex
 import shutil
+import struct
 import sys
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -65,9 +60,9 @@ from typing import NamedTuple
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
-from fast.int4 import int4_group_size, unpack
 from mixtral import MixtralConfig, read_json
 from tokenizer import Tokenizer
 
@@ -76,25 +71,34 @@ from tokenizer import Tokenizer
 HUGGINGFACE, MISTRAL, FUSED = LAYOUTS = range(3)  # the columns of NAMES
 TITLES = ("Hugging Face", "Mistral", "Mistral with fused experts")
 
-# Each row gives the name of a tensor in the three layouts, and its shape. For experts it is the
-# shape of one expert. A leading dot stands for `model.layers.N.` in the first column and for
-# `layers.N.` in the others, and `e` for the number of an expert. Every name except those of fused
-# experts ends in `.weight`.
-NAMES = [line.split() for line in """
-    model.embed_tokens              tok_embeddings              tok_embeddings          V    D
-    .input_layernorm                .attention_norm             .attention_norm         D
-    .self_attn.q_proj               .attention.wq               .attention.wq           H·d  D
-    .self_attn.k_proj               .attention.wk               .attention.wk           K·d  D
-    .self_attn.v_proj               .attention.wv               .attention.wv           K·d  D
-    .self_attn.o_proj               .attention.wo               .attention.wo           D    H·d
-    .post_attention_layernorm       .ffn_norm                   .ffn_norm               D
-    .block_sparse_moe.gate          .feed_forward.gate          .block_sparse_moe.gate  E    D
-    .block_sparse_moe.experts.e.w1  .feed_forward.experts.e.w1  .block_sparse_moe.w1    M    D
-    .block_sparse_moe.experts.e.w2  .feed_forward.experts.e.w2  .block_sparse_moe.w2    D    M
-    .block_sparse_moe.experts.e.w3  .feed_forward.experts.e.w3  .block_sparse_moe.w3    M    D
-    model.norm                      norm                        norm                    D
-    lm_head                         output                      output                  V    D
-""".strip().splitlines()]
+# For each kind of tensor: its name in the three layouts, and its shape. {n} is the number of a
+# layer and {e} that of an expert. For experts it is the shape of one of them.
+NAMES = [
+    ("model.embed_tokens.weight",
+     "tok_embeddings.weight", "tok_embeddings.weight", "V D"),
+    ("model.layers.{n}.input_layernorm.weight",
+     "layers.{n}.attention_norm.weight", "layers.{n}.attention_norm.weight", "D"),
+    ("model.layers.{n}.self_attn.q_proj.weight",
+     "layers.{n}.attention.wq.weight", "layers.{n}.attention.wq.weight", "H·d D"),
+    ("model.layers.{n}.self_attn.k_proj.weight",
+     "layers.{n}.attention.wk.weight", "layers.{n}.attention.wk.weight", "K·d D"),
+    ("model.layers.{n}.self_attn.v_proj.weight",
+     "layers.{n}.attention.wv.weight", "layers.{n}.attention.wv.weight", "K·d D"),
+    ("model.layers.{n}.self_attn.o_proj.weight",
+     "layers.{n}.attention.wo.weight", "layers.{n}.attention.wo.weight", "D H·d"),
+    ("model.layers.{n}.post_attention_layernorm.weight",
+     "layers.{n}.ffn_norm.weight", "layers.{n}.ffn_norm.weight", "D"),
+    ("model.layers.{n}.block_sparse_moe.gate.weight",
+     "layers.{n}.feed_forward.gate.weight", "layers.{n}.block_sparse_moe.gate.weight", "E D"),
+    ("model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight",
+     "layers.{n}.feed_forward.experts.{e}.w1.weight", "layers.{n}.block_sparse_moe.w1", "M D"),
+    ("model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight",
+     "layers.{n}.feed_forward.experts.{e}.w2.weight", "layers.{n}.block_sparse_moe.w2", "D M"),
+    ("model.layers.{n}.block_sparse_moe.experts.{e}.w3.weight",
+     "layers.{n}.feed_forward.experts.{e}.w3.weight", "layers.{n}.block_sparse_moe.w3", "M D"),
+    ("model.norm.weight", "norm.weight", "norm.weight", "D"),
+    ("lm_head.weight", "output.weight", "output.weight", "V D"),
+]
 
 
 def regroup(weight, heads, columns):
@@ -115,16 +119,6 @@ def regroup(weight, heads, columns):
     return weight.unflatten(0, (heads, -1, columns)).transpose(1, 2).flatten(0, 2)
 
 
-def full_name(row, layout, layer=0, expert=0):
-    """The name of a tensor: a row of NAMES in one layout, for one layer and one expert."""
-    name = row[layout]
-    if name.startswith("."):
-        name = f"{'model.layers.' if layout == HUGGINGFACE else 'layers.'}{layer}{name}"
-    if ".e." in row[HUGGINGFACE] and ".e." not in name:
-        return name
-    return name.replace(".e.", f".{expert}.") + ".weight"
-
-
 class Parameter(NamedTuple):
     """A weight matrix or vector of the model. Each expert has its own."""
 
@@ -139,16 +133,16 @@ def parameters(config):
     sizes = {"V": c.vocab_size, "D": c.hidden_size, "M": c.intermediate_size,
              "E": c.num_local_experts, "H·d": H * c.head_dim, "K·d": K * c.head_dim}
 
-    def parameter(row, layer=0, expert=None):
-        names = tuple(full_name(row, layout, layer, expert) for layout in LAYOUTS)
-        shape = tuple(sizes[letter] for letter in row[3:])
-        return Parameter(names, shape, expert)
+    def parameter(row, n=None, e=None):
+        *names, letters = row
+        shape = tuple(sizes[letter] for letter in letters.split())
+        return Parameter(tuple(name.format(n=n, e=e) for name in names), shape, e)
 
     embedding, *block, norm, head = NAMES
     yield parameter(embedding)
-    for layer, row in itertools.product(range(c.num_hidden_layers), block):
-        for expert in range(c.num_local_experts) if ".e." in row[HUGGINGFACE] else [None]:
-            yield parameter(row, layer, expert)
+    for n, row in itertools.product(range(c.num_hidden_layers), block):
+        for e in range(c.num_local_experts) if "{e}" in row[HUGGINGFACE] else [None]:
+            yield parameter(row, n, e)
     yield parameter(norm)
     yield parameter(head)
 
@@ -156,90 +150,114 @@ def parameters(config):
 # ------------------------------------------------------------------ from one layout to another
 
 
-class Stored(NamedTuple):
-    """A tensor in a file. `read(first, count)` reads these rows, or all by default."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str  # a str describes something that cannot be read
-    read: Callable[..., torch.Tensor]
-
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class Checkpoint(NamedTuple):
-    """A complete and well-formed checkpoint, and what to convert its weights to."""
+    """A complete and well-formed checkpoint; its tensors are mapped from their files."""
 
     layout: int
     config: MixtralConfig
-    stored: dict[str, Stored]
-    dtype: torch.dtype  # to convert to
+    tensors: dict[str, Tensor]
+    scheme: dict | None  # the quantization_config, if some weights have 4 bits
+
+
+class Target(NamedTuple):
+    """What to convert a checkpoint to."""
+
+    layout: int
+    dtype: torch.dtype
     scheme: dict | None = None  # the quantization_config to write; None means no 4-bit weights
-    group_size: int | None = None  # None unless the experts are to be stored in 4 bits
+    group_size: int | None = None  # None unless the experts are to be rounded to 4 bits
 
 
-BLOCK = 2**17  # weights converted at a time, so that they stay in the CPU's cache
+def read(checkpoint, parameter, target):
+    """The weight of a parameter that is not in 4 bits, with its rows in the target's order."""
+    weight = checkpoint.tensors[parameter.names[checkpoint.layout]]
+    if checkpoint.layout == FUSED and parameter.expert is not None:
+        weight = weight.chunk(checkpoint.config.num_local_experts)[parameter.expert]
+        return weight.T if parameter.names[FUSED].endswith("w2") else weight
+    return in_row_order(weight, checkpoint, parameter, target)
 
 
-def read_rows(stored, name, first, count):
-    """Some rows of a matrix. Those of a 4-bit matrix are in float64, which makes them exact."""
-    if f"{name}_packed" not in stored:
-        return stored[name].read(first, count)
-    words, scale = (stored[name + end].read(first, count) for end in ("_packed", "_scale"))
-    return unpack(words, scale.double())
+def in_row_order(weight, checkpoint, parameter, target):
+    """A weight with its rows in the order of the target's layout. Only those of q and k move."""
+    d, forth = checkpoint.config.head_dim, target.layout == HUGGINGFACE
+    moves = parameter.names[HUGGINGFACE].endswith(("q_proj.weight", "k_proj.weight"))
+    if not moves or forth == (checkpoint.layout == HUGGINGFACE):
+        return weight
+    return regroup(weight, len(weight) // d, columns=2 if forth else d // 2)
 
 
-def read_parameter(checkpoint, parameter, to):
-    """Yield some rows of a parameter after another, in the order of the layout `to`."""
-    layout, config, stored = checkpoint.layout, checkpoint.config, checkpoint.stored
-    name, rows, first = parameter.names[layout], parameter.shape[0], 0
-    step = max(1, BLOCK * rows // math.prod(parameter.shape))
-    if layout == FUSED and parameter.expert is not None:
-        M = config.intermediate_size
-        first = parameter.expert * M
-        if name.endswith("w2"):
-            yield from read_rows(stored, name, first, M).T.contiguous().split(step)
-            return
-    reordered = parameter.names[MISTRAL].endswith((".wq.weight", ".wk.weight"))
-    if reordered and (layout == HUGGINGFACE) != (to == HUGGINGFACE):
-        columns = 2 if to == HUGGINGFACE else config.head_dim // 2
-        weight = read_rows(stored, name, 0, rows)
-        yield from regroup(weight, rows // config.head_dim, columns).split(step)
-        return
-    for n in range(0, rows, step):
-        yield read_rows(stored, name, first + n, min(step, rows - n))
+def converted(checkpoint, parameter, target):
+    """The weight of a parameter as the target wants it. Raises ValueError for an overflow."""
+    name, tensors = parameter.names[checkpoint.layout], checkpoint.tensors
+    if f"{name}_packed" not in tensors:
+        return rounded(read(checkpoint, parameter, target), target.dtype, name).contiguous()
+    pieces = load_int4().unpacked_exactly(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
+    weight, n = torch.empty(parameter.shape, dtype=target.dtype), 0
+    for piece in pieces:
+        weight[n:n + len(piece)] = rounded(piece, target.dtype, name)
+        n += len(piece)
+    return in_row_order(weight, checkpoint, parameter, target)
 
 
-def converted(checkpoint, parameter, to):
-    """Yield what `read_parameter` does in the dtype to convert to.
+def rounded(weight, dtype, name):
+    """A weight in another dtype. Raises ValueError if a number would become infinite."""
+    if weight.dtype == dtype:
+        return weight
+    result = weight.to(dtype)
+    finite = all(math.isfinite(bound) for bound in result.aminmax())
+    if not finite and (result.isinf() & weight.isfinite()).any():
+        raise ValueError(f"{name}: holds numbers too large for {dtype}; choose another --dtype")
+    return result
 
-    Raises ValueError if a number would become infinite.
+
+def load_int4():
+    """The module fast/int4.py. Raises ValueError if it is not there."""
+    try:
+        from fast import int4
+    except ImportError as error:
+        raise ValueError(f"4-bit weights need fast/int4.py beside convert.py: {error}") from None
+    return int4
+
+
+def in_4_bits(checkpoint, parameter, target, errors):
+    """The three tensors of an expert's matrix in 4 bits, which follow each other in a file.
+
+    The scales are found with the words, and wait in memory until they are written after them.
+    `errors` gets Σ(w − q·s)² and Σw² of each layer.
     """
-    name, dtype = parameter.names[checkpoint.layout], checkpoint.dtype
-    for weight in read_parameter(checkpoint, parameter, to):
-        result = weight.to(dtype)
-        if dtype != weight.dtype and (result.isinf() & weight.isfinite()).any():
-            raise ValueError(f"{name}: holds numbers too large for {dtype}; choose another --dtype")
-        yield result
+    name, (M, D), G = parameter.names[HUGGINGFACE], parameter.shape, target.group_size
+    waiting, sums = [], errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
+
+    def words():
+        weight = read(checkpoint, parameter, target).contiguous()
+        try:
+            packed, scale, error, size = load_int4().compress(weight, G, target.dtype)
+        except ValueError as problem:
+            raise ValueError(f"{parameter.names[checkpoint.layout]}: {problem}") from None
+        waiting.append(scale)
+        sums[:] = sums[0] + error, sums[1] + size
+        return packed
+
+    return {f"{name}_packed": Lazy((M, D // 8), torch.int32, words),
+            f"{name}_scale": Lazy((M, D // G), target.dtype, waiting.pop),
+            f"{name}_shape": torch.tensor((M, D))}
 
 
-def output_tensors(checkpoint, to, errors=None):
-    """The tensors to write by name, in the order of the forward pass. Nothing is read yet.
+def output_tensors(checkpoint, target, errors):
+    """The tensors to write by name, in the order of the forward pass. Nothing is computed yet.
 
-    `errors` is a dict to which `quantised` adds.
+    `errors` is a dict to which `in_4_bits` adds.
     """
     tensors = {}
     for p in parameters(checkpoint.config):
-        name = p.names[to]
-        if checkpoint.group_size and p.expert is not None:
-            tensors |= quantised(checkpoint, p, errors)
-        elif checkpoint.scheme and f"{name}_packed" in checkpoint.stored:
-            for part in (f"{name}_packed", f"{name}_scale", f"{name}_shape"):
-                stored = checkpoint.stored[part]
-                tensors[part] = Lazy(stored.shape, stored.dtype, lambda t=stored: [t.read()])
+        name = p.names[target.layout]
+        if target.group_size and p.expert is not None:
+            tensors |= in_4_bits(checkpoint, p, target, errors)
+        elif target.scheme and f"{name}_packed" in checkpoint.tensors:
+            tensors |= {name + end: checkpoint.tensors[name + end]
+                        for end in ("_packed", "_scale", "_shape")}
         else:
-            tensors[name] = Lazy(p.shape, checkpoint.dtype, partial(converted, checkpoint, p, to))
+            tensors[name] = Lazy(p.shape, target.dtype, partial(converted, checkpoint, p, target))
     return tensors
 
 
@@ -274,9 +292,10 @@ def read_params(path):
     required = {field: name for name, field in PARAMS.items() if field not in OPTIONAL}
     if missing := [name for field, name in required.items() if field not in fields]:
         raise ValueError(f"{path}: not the params.json of a Mixtral: missing {', '.join(missing)}")
-    window = str(fields.get("sliding_window")).lower()
-    if window in ("none", "null") or window.isdecimal():  # the fused release writes it as a string
-        fields["sliding_window"] = int(window) if window.isdecimal() else None
+    window = str(fields.get("sliding_window")).lower()  # the fused release writes it as a string
+    if window not in ("none", "null") and not window.isdecimal():
+        raise ValueError(f"{path}: sliding_window must be an integer or null, got {window!r:.80}")
+    fields["sliding_window"] = int(window) if window.isdecimal() else None
     fields.setdefault("max_position_embeddings", context_length(fields["hidden_size"]))
     return MixtralConfig.from_dict(fields)
 
@@ -290,123 +309,15 @@ def params_from_config(config):
             if name not in defaults or value != defaults[name]} | {"moe": moe}
 
 
-def write_config(part, checkpoint):
+def write_config(part, config, target):
     """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
-    config, scheme = checkpoint.config, checkpoint.scheme
     write_json(part / "config.json", {
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
-        **dataclasses.asdict(config), "torch_dtype": str(checkpoint.dtype).removeprefix("torch."),
-        **({"quantization_config": scheme} if scheme else {})})
+        **dataclasses.asdict(config), "torch_dtype": str(target.dtype).removeprefix("torch."),
+        **({"quantization_config": target.scheme} if target.scheme else {})})
     if not (part / "generation_config.json").exists():
         write_json(part / "generation_config.json", {
             "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
-
-
-# ------------------------------------------------------------------ 4-bit weights
-
-GROUP_SIZES = (32, 64, 128, 256)  # those that other programs have fast kernels for
-# The values of c in the equation of `quantise`. On the embedded model in groups of 32 they leave a
-# relative error of the weights of 8.8 %; c = 7.5 alone leaves 9.6 %, and steps of 0.5 leave 8.9 %.
-DIVISORS = [n / 4 for n in range(27, 37)]
-
-
-def quantise(weight, G, dtype, divisors=DIVISORS):
-    """Round every group of G weights of a row to multiples q·s of a scale s, with −8 ≤ q ≤ 7.
-
-    weight (M, D) -> (M, D), (M, D/G)
-
-        s = max|w| / c, rounded to dtype        q = clamp(round(w / s), −8, 7)
-
-    Each group takes the c with the least squared error Σ(w − q·s)². A larger c clips the largest
-    weights and rounds all others more finely. The second result holds the scales.
-    """
-    groups = weight.unflatten(1, (-1, G))  # (M, D/G, G)
-    largest = groups.abs().amax(dim=-1, keepdim=True)
-    best = least = None
-    for divisor in divisors:
-        scale = (largest / divisor).to(dtype).to(weight.dtype)
-        scale.masked_fill_(scale == 0, 1)  # a group of zeros
-        q = (groups / scale).round_().clamp_(-8, 7)
-        error = (groups - q * scale).square_().sum(dim=-1, keepdim=True)
-        best, least = (scale, error) if best is None else (
-            torch.where(error < least, scale, best), torch.minimum(error, least))
-    q = (groups / best).round_().clamp_(-8, 7)
-    return q.flatten(1), best[:, :, 0].to(dtype)
-
-
-def pack(q):
-    """Store eight neighbouring integers in −8 … 7 in each 32-bit word; `unpack` reads them.
-
-    (M, D) -> (M, D/8)
-
-    >>> f"{pack(torch.arange(-8, 0)[None]).item():x}"
-    '76543210'
-    """
-    u = (q + 8).to(torch.int32).unflatten(1, (-1, 8))
-    words = u[:, :, 7]
-    for n in range(6, -1, -1):
-        words = words << 4 | u[:, :, n]
-    return words
-
-
-def quantised(checkpoint, parameter, errors):
-    """The three tensors of an expert's matrix in 4 bits.
-
-    The scales are found with the words, and wait in memory until they are written after them.
-    `errors` gets Σ(w − q·s)² and Σw² of each layer.
-    """
-    name, (M, D), G = parameter.names[HUGGINGFACE], parameter.shape, checkpoint.group_size
-    scales, sums = [], errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
-
-    def words():
-        for weight in read_parameter(checkpoint, parameter, HUGGINGFACE):
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            q, scale = quantise(weight, G, checkpoint.dtype)
-            if not scale.isfinite().all():
-                raise ValueError(f"{parameter.names[checkpoint.layout]}: holds NaN or numbers too "
-                                 f"large for 4 bits with scales of {checkpoint.dtype}")
-            yield pack(q)
-            scales.append(scale)
-            rounded = (q.unflatten(1, (-1, G)) * scale[:, :, None]).flatten(1)
-            sums[0] += (weight - rounded).square().sum().item()
-            sums[1] += weight.square().sum().item()
-
-    def release():
-        yield torch.cat(scales)
-        scales.clear()
-
-    return {f"{name}_packed": Lazy((M, D // 8), torch.int32, words),
-            f"{name}_scale": Lazy((M, D // G), checkpoint.dtype, release),
-            f"{name}_shape": torch.tensor((M, D))}
-
-
-def int4_scheme(G):
-    """The quantization_config with which transformers and vLLM read 4-bit experts."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
-               "group_size": G}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*gate$"]}
-
-
-def check_group_size(place, config, scheme, G):
-    """Raises ValueError unless experts of these widths can be stored in groups of G."""
-    if scheme is not None:
-        raise ValueError(f"{place}: has 4-bit weights already; leave out --dtype to keep them, or "
-                         "convert the original weights")
-    widths = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size}
-    if odd := [f"{name} {width}" for name, width in widths.items() if width % G]:
-        fitting = [str(size) for size in GROUP_SIZES if not math.gcd(*widths.values()) % size]
-        raise ValueError(f"{place}: groups of {G} do not divide {' and '.join(odd)}; "
-                         f"--group-size can be {' or '.join(fitting) or 'nothing'} here")
-
-
-def report_errors(errors):
-    """Print ‖W − Ŵ‖ / ‖W‖ for the 4-bit weights Ŵ of each layer."""
-    for layer, (error, size) in errors.items():
-        report(f"layer {layer}: relative error of the 4-bit weights "
-               f"{100 * math.sqrt(error / (size or 1)):.2f} %")
 
 
 # ------------------------------------------------------------------ the tokenizer for transformers
@@ -415,22 +326,22 @@ EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "added_tokens.json", "chat_template.jinja", "generation_config.json")
 
 
-def write_small_files(source, part, checkpoint, to):
+def write_small_files(source, part, config, target):
     """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer."""
     models = list(source.glob("tokenizer.model")) or list(source.glob("tokenizer.model.v*"))
     if len(models) == 1:  # newer releases of 8x22B call it tokenizer.model.v3
         shutil.copyfile(models[0], part / "tokenizer.model")
     else:
         report(f"{source} has no tokenizer.model; copy the one of this model to the output")
-    if to == MISTRAL:
-        write_json(part / "params.json", params_from_config(checkpoint.config))
+    if target.layout == MISTRAL:
+        write_json(part / "params.json", params_from_config(config))
         return
     for name in EXTRAS:
         if (source / name).exists():
             shutil.copyfile(source / name, part / name)
-    write_config(part, checkpoint)
+    write_config(part, config, target)
     if len(models) == 1 and not (part / "tokenizer.json").exists():
-        write_tokenizer(models[0], part, checkpoint.config)
+        write_tokenizer(models[0], part, config)
 
 
 def write_tokenizer(model, part, config):
@@ -495,28 +406,53 @@ def merges(t):
 # ------------------------------------------------------------------ a whole checkpoint
 
 
-def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, overwrite=False,
-            group_size=None):
-    """Convert the checkpoint in the directory `source` to the layout `to` in the directory `out`.
+def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size=None):
+    """Convert the checkpoint in the directory `source` to the layout `to` in a new directory.
 
     `limit` is the size of a file in bytes. With a group_size the experts are stored in 4 bits.
     Raises ValueError or OSError and then writes nothing.
     """
     source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
-    check_places(source, out, overwrite)
-    checkpoint = open_checkpoint(source, dtype, group_size)
-    if checkpoint.scheme and to == MISTRAL:
-        raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
-    files = shards(output_tensors(checkpoint, to, errors), to, limit)
-    announce(source, out, checkpoint, files)
+    check_output(out, directory=True)
+    if source == out.with_name(f".{out.name}.part"):  # it would be removed as such
+        raise ValueError(f"{source}: is what an interrupted run to {out} has left; convert the "
+                         "original again")
+    checkpoint = open_checkpoint(source)
+    target = choose_target(source, checkpoint, to, dtype, group_size)
+    files = shards(output_tensors(checkpoint, target, errors), to, limit)
+    announce(source, out, checkpoint, target, files)
     check_space(out, total_size(files))
     with complete_or_absent(out, directory=True) as part:
-        write_small_files(source, part, checkpoint, to)  # first, since it may refuse
+        write_small_files(source, part, checkpoint.config, target)  # first, since it may refuse
         write_weights(part, files)
-    if group_size:
-        report_errors(errors)
-        before = total_size({"": checkpoint.stored})
-        report(f"{human_size(before)} of weights before, {human_size(total_size(files))} after")
+    for layer, (error, size) in errors.items():
+        report(f"layer {layer}: relative error of the 4-bit weights ‖W − Ŵ‖ / ‖W‖ = "
+               f"{100 * math.sqrt(error / (size or 1)):.2f} %")
+
+
+def choose_target(source, checkpoint, to, dtype, group_size):
+    """What to convert a checkpoint to; by default its dtype is kept.
+
+    Raises ValueError if the checkpoint cannot be converted to that.
+    """
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()} & set(FLOATS.values())
+    if group_size is not None:
+        if checkpoint.scheme is not None:
+            raise ValueError(f"{source}: has 4-bit weights already; leave out --dtype to keep them")
+        int4 = load_int4()
+        int4.check_group_size(group_size, checkpoint.config)
+        dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+        if dtypes != {dtype}:
+            report(f"weights outside the experts are rounded to {dtype}")
+        return Target(to, dtype, int4.scheme_of(group_size), group_size)
+    if dtype:
+        return Target(to, dtype)
+    if checkpoint.scheme is not None and to == MISTRAL:
+        raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
+    if len(dtypes) > 1:
+        raise ValueError(f"{source}: the weights have the dtypes "
+                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
+    return Target(to, dtypes.pop(), checkpoint.scheme)
 
 
 def shards(tensors, to, limit):
@@ -542,11 +478,24 @@ def total_size(files):
     return sum(tensor.nbytes for group in files.values() for tensor in group.values())
 
 
+def announce(source, out, checkpoint, target, files):
+    """Print what was found and what will be written."""
+    config, counts = checkpoint.config, {False: 0, True: 0}
+    for parameter in parameters(config):
+        counts[parameter.expert is not None] += math.prod(parameter.shape)
+    used = counts[False] + counts[True] * config.num_experts_per_tok // config.num_local_experts
+    report(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.tensors)} tensors, "
+           f"{total_size({'': checkpoint.tensors}) / 1e6:,.1f} MB; {sum(counts.values()):,} "
+           f"parameters, {used:,} used per token")
+    numbers = f"{target.dtype}" + (" and 4-bit weights" if target.scheme else "")
+    report(f"{out}: {total_size(files) / 1e6:,.1f} MB of {numbers} to write, files: {len(files)}")
+
+
 def write_weights(part, files):
     """Write all files with weights, and an index if there are several."""
-    progress = Progress(total_size(files))
-    for file, group in files.items():
-        write_safetensors(part / file, group, FORMAT, progress.add)
+    for n, (file, group) in enumerate(files.items(), 1):
+        write_safetensors(part / file, group)
+        report(f"{n} of {len(files)}: {file}, {total_size({file: group}) / 1e6:,.1f} MB")
     if len(files) > 1:
         write_json(part / "model.safetensors.index.json", {
             "metadata": {"total_size": total_size(files)},
@@ -559,102 +508,72 @@ FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 
 
-def open_checkpoint(directory, dtype=None, group_size=None):
+def open_checkpoint(directory):
     """Find out which layout a directory holds and check it against its configuration.
 
-    `dtype` is the one to convert to; None keeps the checkpoint's. With a group_size the experts are
-    to be stored in 4 bits. Raises ValueError listing what is wrong.
+    Raises ValueError listing what is wrong.
     """
-    stored = open_all(directory)
-    matches = [sum(full_name(row, layout) in stored for row in NAMES) for layout in LAYOUTS]
+    tensors = open_files(directory)
+    matches = [sum(row[layout].format(n=0, e=0) in tensors for row in NAMES) for layout in LAYOUTS]
     if not any(matches):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
-                         f"{len(stored)} is {next(iter(stored), None)}")
+                         f"{len(tensors)} is {next(iter(tensors), None)}")
     layout = matches.index(max(matches))
     config, scheme = read_configuration(directory, layout)
-    check_tensors(stored, expected_tensors(stored, layout, config, scheme), directory)
-    dtypes = {tensor.dtype for tensor in stored.values()} & set(FLOATS.values())
-    if group_size:
-        check_group_size(directory, config, scheme, group_size)
-        dtype = torch.float16 if dtypes == {torch.float16} else torch.bfloat16
-        return Checkpoint(layout, config, stored, dtype, int4_scheme(group_size), group_size)
-    if not dtype and len(dtypes) > 1:
-        raise ValueError(f"{directory}: the weights have the dtypes "
-                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
-    return Checkpoint(layout, config, stored, dtype or dtypes.pop(), None if dtype else scheme)
+    found = {name: describe(tensor) for name, tensor in tensors.items()}
+    wanted = expected_tensors(layout, config, scheme, tensors)
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [f"unknown {name}" for name in found if name not in wanted]
+    problems += [f"{name} is {found[name]}, not {wanted[name]}" for name in wanted
+                 if name in found and found[name] != wanted[name]]
+    refuse_if(problems, f"{directory}: the weights do not fit the configuration")
+    return Checkpoint(layout, config, tensors, scheme)
 
 
 def read_configuration(directory, layout):
     """The configuration in a directory of this layout and its quantization_config, if any."""
-    if layout != HUGGINGFACE:
-        return read_params(directory / "params.json"), None
-    raw = read_json(directory / "config.json")
-    return MixtralConfig.from_dict(raw), raw.get("quantization_config")
+    path, scheme = directory / ("config.json" if layout == HUGGINGFACE else "params.json"), None
+    try:
+        if layout == HUGGINGFACE:
+            raw = read_json(path)
+            config, scheme = MixtralConfig.from_dict(raw), raw.get("quantization_config")
+        else:
+            config = read_params(path)
+    except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
+        raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
+    if config.num_hidden_layers * config.num_local_experts > 2**14:  # the rest would take hours
+        raise ValueError(f"{path}: num_hidden_layers {config.num_hidden_layers} and "
+                         f"num_local_experts {config.num_local_experts} fit no checkpoint")
+    return config, scheme
 
 
-def expected_tensors(stored, layout, config, scheme):
-    """Map the name of each tensor to its shape and its dtype, or to None for any of FLOATS.
+def describe(tensor):
+    """The kind and the shape of a tensor, for a comparison."""
+    kind = "floats" if tensor.dtype in FLOATS.values() else f"{tensor.dtype}"
+    return f"{kind} of shape {list(tensor.shape)}"
+
+
+def expected_tensors(layout, config, scheme, tensors):
+    """Map the name of each tensor that a checkpoint must have to what `describe` says of it.
 
     With a quantization_config, any matrix may be stored in 4 bits.
     """
-    G, expected = None if scheme is None else int4_group_size(scheme), {}
+    if scheme is not None:
+        load_int4().check_scheme(scheme)
+    expected = {}
     for p in parameters(config):
-        name, shape = p.names[layout], p.shape
+        name, shape = p.names[layout], list(p.shape)
         if layout == FUSED and p.expert is not None:
-            shape = config.num_local_experts * config.intermediate_size, config.hidden_size
-        if G and f"{name}_packed" in stored and len(shape) == 2 and shape[1] % G == 0:
+            shape = [config.num_local_experts * config.intermediate_size, config.hidden_size]
+        if scheme is not None and f"{name}_packed" in tensors:
             M, D = shape
-            expected |= {f"{name}_packed": ((M, D // 8), torch.int32),
-                         f"{name}_scale": ((M, D // G), None),
-                         f"{name}_shape": ((2,), torch.int64)}
+            G = load_int4().group_size(name, D, tensors)
+            expected |= {f"{name}_packed": f"torch.int32 of shape {[M, D // 8]}",
+                         f"{name}_scale": f"floats of shape {[M, D // G]}",
+                         f"{name}_shape": "torch.int64 of shape [2]"}
         else:
-            expected[name] = shape, None
+            expected[name] = f"floats of shape {shape}"
     return expected
-
-
-def check_tensors(stored, expected, place):
-    """Raises ValueError listing the tensors that are missing, unknown or of a wrong form."""
-    problems = [f"missing {name}" for name in expected if name not in stored]
-    for name, tensor in stored.items():
-        shape, dtype = expected.get(name, (None, None))
-        if shape is None:
-            problems.append(f"unknown {name}")
-        elif tensor.dtype not in ([dtype] if dtype else FLOATS.values()):
-            wanted = dtype or "a contiguous tensor of floats"
-            problems.append(f"{name} is {tensor.dtype}, not {wanted}")
-        elif tensor.shape != shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, not {list(shape)}")
-        elif dtype == torch.int64:
-            rows, words = expected[name.removesuffix("_shape") + "_packed"][0]
-            if (found := tensor.read().tolist()) != [rows, 8 * words]:
-                problems.append(f"{name} must hold {[rows, 8 * words]}, got {found}")
-    refuse_if(problems, f"{place}: the weights do not fit the configuration")
-
-
-def open_all(directory):
-    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
-    stored, files, problems = {}, {}, []
-    for paths in weight_files(directory):
-        file = paths[0].name
-        try:
-            opened = open_safetensors if file.endswith(".safetensors") else open_pickle
-            for name, tensor in opened(paths):
-                if name in stored:
-                    problems.append(f"{name} is in both {files[name]} and {file}")
-                stored[name], files[name] = tensor, file
-        except Exception as error:  # damaged bytes lead the two libraries to errors of any type
-            problems.append(f"{file}: {damage(error)}")
-    refuse_if(problems, directory)
-    return stored
-
-
-def damage(error):
-    """What is wrong with a file, from the error that opening it raised."""
-    if isinstance(error, UnpicklingError):
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        return f"refused, because it would run {code[1]}" if code else "incomplete or damaged"
-    text = reason(error).splitlines()[0]
-    return text if type(error) is ValueError else f"incomplete or damaged: {text}"
 
 
 def refuse_if(problems, place):
@@ -664,147 +583,78 @@ def refuse_if(problems, place):
         raise ValueError(f"{place}: {'; '.join(problems[:20] + more)}")
 
 
-def weight_files(directory):
-    """The files with the weights. Each is a tuple of its parts, which has one item unless split.
-
-    Of several sets of files, the first in the order below is read. Raises ValueError if there are
-    none, or if a file or part is missing.
-    """
-    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
-        if (index := directory / f"{stem}.index.json").exists():
-            return [(file,) for file in read_index(index)]
-        if (directory / stem).exists():
-            return [(directory / stem,)]
-    if whole := sorted([*directory.glob("consolidated.[0-9][0-9].pt"),
-                        *directory.glob("consolidated.[0-9][0-9].pth")]):
-        return [(path,) for path in whole]
-    parts = {int(match[1]): path for path in directory.iterdir()
-             if (match := re.fullmatch(r"consolidated\.00\.pth-split([0-9]{1,3})", path.name))}
-    if not parts:
-        raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
-                         "pytorch_model*.bin or consolidated.*")
-    refuse_if([f"missing consolidated.00.pth-split{n}" for n in range(max(parts))
-               if n not in parts], directory)
-    return [tuple(parts[n] for n in sorted(parts))]
-
-
-def read_index(path):
-    """The files that a shard index (*.index.json) names. Raises ValueError if one is missing."""
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: wanted a weight_map from names to files")
-    names = sorted({os.path.basename(str(name)) for name in weight_map.values()})
-    refuse_if([f"missing {name:.80}" for name in names if not os.path.isfile(path.parent / name)],
-              path.parent)
-    return [path.parent / name for name in names]
-
-
-# ------------------------------------------------------------------ reading files
-
-
-class ConcatenatedFiles(io.RawIOBase):
-    """Several files read as if they were one, so that a split checkpoint need not be joined."""
-
-    def __init__(self, paths):
-        self.files = [open(path, "rb", buffering=0) for path in paths]
-        self.starts = [0, *itertools.accumulate(os.path.getsize(path) for path in paths)]
-        self.position = 0
-
-    def close(self):
-        for file in self.files:
-            file.close()
-        super().close()
-
-    def seek(self, offset, whence=os.SEEK_SET):
-        self.position = offset + (0, self.position, self.starts[-1])[whence]
-        return self.position
-
-    def readinto(self, buffer):
-        """Fill the buffer unless the last file ends before. Returns the number of bytes read."""
-        free = memoryview(buffer)
-        while len(free) and self.position < self.starts[-1]:
-            n = bisect.bisect(self.starts, self.position) - 1
-            self.files[n].seek(self.position - self.starts[n])
-            count = self.files[n].readinto(free)
-            if not count:
-                break
-            self.position, free = self.position + count, free[count:]
-        return len(buffer) - len(free)
-
-
-def as_buffer(tensor):
-    """The memory of a contiguous CPU tensor. PyTorch itself exposes it only through NumPy."""
-    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-
-
-def in_file(paths, offset, shape, dtype):
-    """A tensor that lies at this offset of a file, which may be split."""
-
-    def read(first=0, count=None):
-        tensor = torch.empty(count or shape[0], *shape[1:], dtype=dtype)
+def open_files(directory):
+    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
+    tensors, files, problems = {}, {}, []
+    for path in files_with_weights(directory):
         try:
-            with ConcatenatedFiles(paths) as file:
-                file.seek(offset + first * tensor[0].nbytes)
-                complete = file.readinto(as_buffer(tensor)) == tensor.nbytes
-        except OSError as error:
-            raise ValueError(f"{paths[0]}: not readable: {error.strerror}") from None
-        if not complete:
-            raise ValueError(f"{paths[0]}: the file ends before its tensors do")
-        return tensor
-
-    return Stored(tuple(shape), dtype, read)
-
-
-def open_safetensors(paths):
-    """Yield the name of each tensor in a safetensors file, and the tensor."""
-    with safe_open(paths[0], framework="pt"):
-        pass  # the library has now checked that the header is sound and the file complete
-    with open(paths[0], "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for name, entry in header.items():
-        dtype, offset = entry["dtype"], 8 + length + entry["data_offsets"][0]
-        yield name, in_file(paths, offset, entry["shape"], WRITABLE.get(dtype, dtype))
+            content = (load_file if path.suffix == ".safetensors" else open_pickle)(path)
+        except UnpicklingError:
+            problems.append(f"{path.name}: refused, because it is damaged or holds Python objects "
+                            "other than tensors, which could run code")
+        except Exception as error:  # damaged bytes lead the two libraries to errors of any type
+            problems.append(f"{path.name}: missing or damaged: {reason(error).splitlines()[0]}")
+        else:
+            problems += [f"{name} is in both {files[name]} and {path.name}"
+                         for name in content if name in files]
+            tensors |= content
+            files |= dict.fromkeys(content, path.name)
+    refuse_if(problems, directory)
+    return tensors
 
 
-def open_pickle(paths):
-    """Yield the name of each tensor in a file of torch.save, and the tensor."""
-    with ConcatenatedFiles(paths) as file:
-        sizes = record_sizes(zipfile.ZipFile(file))
-        file.seek(0)
-        content = torch.load(file, map_location="meta", weights_only=True)
+def open_pickle(path):
+    """The tensors in a file of torch.save by name, mapped. Raises an error of any type."""
+    check_records(path)
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
-    for name, value in content.items():
-        if not isinstance(value, torch.Tensor) or not value.is_contiguous():
-            yield str(name), Stored((), type(value).__name__, None)
-            continue
-        storage = value.untyped_storage()
-        start = storage._checkpoint_offset  # set by torch.load: where the storage's bytes begin
-        if storage.nbytes() and sizes.get(start) != storage.nbytes():
-            raise ValueError(f"{name} is not where torch.save puts it; the file is damaged or was "
-                             "repacked; load it and save it again")
-        offset = start + value.storage_offset() * value.itemsize
-        yield str(name), in_file(paths, offset, value.shape, value.dtype)
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_cpu:
+            raise ValueError(f"{name} is not a dense tensor")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def record_sizes(archive):
-    """Map the offset of each record of torch.save, which writes a zip archive, to its size.
+def check_records(path):
+    """Raises ValueError unless the records of a file of torch.save lie where they are mapped.
 
-    The list at the end of the archive gives the size of a record and where the next one begins.
-    The header in front of a record, whose lengths no checksum protects, is not needed.
+    The file is a zip archive. torch.load trusts the lengths in the header in front of a record,
+    which no checksum protects, and it would take compressed bytes for weights. The list at the end
+    of the archive says where the next record begins, and so where this one must.
     """
-    entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-    ends, sizes = [*(entry.header_offset for entry in entries), archive.start_dir][1:], {}
-    for entry, end in zip(entries, ends, strict=True):
-        if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-            raise ValueError("big-endian; load and save it again on a little-endian machine")
-        large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
-        descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # bytes after the content
-        if not entry.compress_type:
-            sizes[end - descriptor - entry.file_size] = entry.file_size
-    return sizes
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        ends = [*(entry.header_offset for entry in entries), archive.start_dir][1:]
+        for entry, end in zip(entries, ends, strict=True):
+            file.seek(entry.header_offset + 26)
+            begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
+            descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # behind the content
+            if begin + entry.file_size + descriptor != end:
+                raise ValueError(f"{entry.filename} is not as torch.save writes it; load the file "
+                                 "and save it again")
+
+
+def files_with_weights(directory):
+    """The files with the weights, and of several sets the first. Raises ValueError."""
+    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
+        if (index := directory / f"{stem}.index.json").exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise ValueError(f"{index}: wanted a weight_map from names to files")
+            names = {os.path.basename(str(name)) for name in weight_map.values()}
+            return [directory / name for name in sorted(names)]
+        if (directory / stem).exists():
+            return [directory / stem]
+    if whole := sorted([*directory.glob("consolidated.[0-9][0-9].pt"),
+                        *directory.glob("consolidated.[0-9][0-9].pth")]):
+        return whole
+    if parts := list(directory.glob("consolidated.00.pth-split*")):
+        whole = shlex.quote(str(directory / "consolidated.00.pth"))
+        raise ValueError(f"{directory}: join the parts of the file first, with: "
+                         f"cat {whole}-split{{0..{len(parts) - 1}}} > {whole}")
+    raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
+                     "pytorch_model*.bin or consolidated.*")
 
 
 # ------------------------------------------------------------------ writing files
@@ -813,25 +663,26 @@ FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of
 
 
 class Lazy(NamedTuple):
-    """A tensor for `write_safetensors` whose numbers are computed when they are written.
+    """A tensor for `write_safetensors` that is computed when it is written.
 
-    `pieces()` yields contiguous CPU tensors of this dtype. Joined in order, their elements are
-    those of the tensor.
+    `compute()` returns a contiguous CPU tensor of this dtype with as many elements.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: Callable[[], Iterable[torch.Tensor]]
+    compute: Callable[[], Tensor]
 
-    nbytes = Stored.nbytes
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_safetensors(path, tensors, metadata=FORMAT, progress=None):
+def write_safetensors(path, tensors, metadata=FORMAT):
     """Write a safetensors file. It is complete or, after any error, not there.
 
-    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. After each one,
-    `progress` is called with its size. The library's own writer needs NumPy. Raises ValueError for
-    a tensor that cannot be written and for a file that cannot be written.
+    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. The library's own
+    writer needs NumPy and all tensors at once. Raises ValueError for a tensor that cannot be
+    written and for a file that cannot be written.
     """
     tensors = in_aligned_order(tensors)
     header = safetensors_header(tensors, metadata)
@@ -839,8 +690,6 @@ def write_safetensors(path, tensors, metadata=FORMAT, progress=None):
         file.write(header)
         for name, tensor in tensors.items():
             write_tensor(file, name, tensor)
-            if progress:
-                progress(tensor.nbytes)
 
 
 def in_aligned_order(tensors):
@@ -873,16 +722,15 @@ def safetensors_header(tensors, metadata):
 
 
 def write_tensor(file, name, tensor):
-    """Write the numbers of a tensor as they are in memory."""
-    size = 0
-    for piece in tensor.pieces() if isinstance(tensor, Lazy) else [tensor]:
-        if piece.device.type != "cpu" or not piece.is_contiguous() or piece.dtype != tensor.dtype:
-            raise ValueError(f"{name}: is not contiguous {tensor.dtype} in CPU memory; "
-                             "call .cpu().contiguous() first")
-        file.write(as_buffer(piece))
-        size += piece.nbytes
-    if size != tensor.nbytes:
-        raise ValueError(f"{name}: wanted {tensor.nbytes} bytes, got {size}")
+    """Write the numbers of a tensor as they are in memory, which must be contiguous."""
+    numbers = tensor.compute() if isinstance(tensor, Lazy) else tensor
+    if not numbers.is_cpu or not numbers.is_contiguous() or numbers.dtype != tensor.dtype:
+        raise ValueError(f"{name}: is not contiguous {tensor.dtype} in CPU memory; "
+                         "call .cpu().contiguous() first")
+    if numbers.nbytes != tensor.nbytes:
+        raise ValueError(f"{name}: wanted {tensor.nbytes} bytes, got {numbers.nbytes}")
+    # PyTorch itself exposes the memory of a tensor as bytes only through NumPy.
+    file.write((ctypes.c_char * numbers.nbytes).from_address(numbers.data_ptr()))
 
 
 def write_json(path, content):
@@ -893,63 +741,38 @@ def write_json(path, content):
 
 
 def check_output(path, directory=False):
-    """Raises ValueError unless a file or a directory can be created or replaced at this path.
+    """Raises ValueError unless a file can be written here, or a directory can be created.
 
     A device, a pipe or the like is never replaced. Call this before expensive work.
     """
-    real = Path(os.path.realpath(path))
-    if real.exists() and not (real.is_dir() if directory else real.is_file()):
-        kind = "a directory" if directory else "a regular file"
-        raise ValueError(f"{path}: not written: it exists and is not {kind}; choose another path")
-    parent = real.parent
-    while directory and not parent.exists():
-        parent = parent.parent
+    path = Path(os.path.realpath(path))
+    if path.exists() and (directory or not path.is_file()):
+        raise ValueError(f"{path}: not written: it exists already; choose another path")
+    parent = next(parent for parent in path.parents if parent.exists() or not directory)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path}: not written: {parent} is not a writable directory")
 
 
 @contextlib.contextmanager
 def complete_or_absent(path, directory=False):
-    """A temporary path for a file or a directory that takes the place of `path` at the end.
+    """A temporary path for a file or a new directory that gets the name `path` at the end.
 
     After any error, Ctrl-C included, the temporary file is removed and `path` is as it was. If
     `path` is a link, its target is replaced. Raises ValueError if `path` cannot be written.
     """
-    check_output(path, directory)
     place = Path(os.path.realpath(path))
-    part, _ = temporary_places(place)
+    part = place.with_name(f".{place.name}.part")
+    check_output(place, directory)
     try:
         remove(part)
         if directory:
             part.mkdir(parents=True)
         yield part
-        put_in_place(part, place)
+        part.replace(place)
     except OSError as error:
         raise ValueError(f"{path}: not written: {reason(error)}") from None
     finally:
         remove(part)
-
-
-def temporary_places(place):
-    """Where an output is until it is complete, and where a directory that it replaces waits."""
-    return place.with_name(f".{place.name}.part"), place.with_name(f".{place.name}.old")
-
-
-def put_in_place(part, place):
-    """Rename `part` to `place`. A directory that is there already is moved aside meanwhile."""
-    if not place.is_dir():
-        part.replace(place)
-        return
-    _, old = temporary_places(place)
-    remove(old)
-    try:
-        place.rename(old)
-        part.rename(place)
-    except BaseException:
-        if not place.exists():
-            old.rename(place)
-        raise
-    remove(old)
 
 
 def remove(path):
@@ -960,27 +783,11 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-def check_places(source, out, overwrite):
-    """Raises ValueError unless the output can be written without harm to any other files."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
-    if any(place in (source, *source.parents) for place in (out, *temporary_places(out))):
-        raise ValueError(f"{out}: the output may neither be nor contain the input {source}")
-    check_output(out, directory=True)
-    content = list(out.iterdir()) if out.exists() else []
-    if content and not overwrite:
-        raise ValueError(f"{out}: is not empty; choose another directory or add --overwrite")
-    checkpoint = any(path.name in ("config.json", "params.json") for path in content)
-    if content and not checkpoint or any(path.is_dir() for path in content):
-        raise ValueError(f"{out}: --overwrite replaces only a directory that holds a checkpoint "
-                         "and no other directory")
-
-
 def check_space(out, size):
     """Raises ValueError if so many bytes do not fit on the disk."""
     free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
     if size > free:
-        raise ValueError(f"{out}: needs {human_size(size)}, the disk has {human_size(free)} free")
+        raise ValueError(f"{out}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
 
 
 # ------------------------------------------------------------------ the command line
@@ -994,69 +801,23 @@ def reason(error):
 
 
 def report(text):
-    """Print a line at once. If nobody reads it (a broken pipe), later lines go nowhere."""
+    """Print a line at once. If nobody reads it, the conversion goes on and says nothing more."""
     try:
         print(text, flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # none fails again at exit
-        if not isinstance(error, BrokenPipeError):
-            raise OSError(error.errno, error.strerror, "standard output") from None
-
-
-def human_size(count):
-    """A number of bytes in powers of 1000.
-
-    >>> human_size(999), human_size(93_405_585_408)
-    ('999 B', '93.4 GB')
-    """
-    power = min(int(math.log(max(count, 1), 1000)), 4)
-    return f"{count / 1000**power:.{int(power > 0)}f} {('B', 'KB', 'MB', 'GB', 'TB')[power]}"
-
-
-class Progress:
-    """Prints bytes, rate and remaining time every ten seconds and at the end."""
-
-    def __init__(self, total):
-        self.total, self.done = total, 0
-        self.start = self.shown = time.monotonic()
-
-    def add(self, count):
-        self.done += count
-        now = time.monotonic()
-        if self.done < self.total and now - self.shown < 10:
-            return
-        self.shown, rate = now, self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate
-        report(f"{human_size(self.done)} of {human_size(self.total)}, {human_size(rate)}/s, "
-               f"{left // 60:.0f} min {left % 60:02.0f} s left")
-
-
-def announce(source, out, checkpoint, files):
-    """Print what was found and what will be written."""
-    config, counts = checkpoint.config, {False: 0, True: 0}
-    for parameter in parameters(config):
-        counts[parameter.expert is not None] += math.prod(parameter.shape)
-    used = counts[False] + counts[True] * config.num_experts_per_tok // config.num_local_experts
-    report(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.stored)} tensors; "
-           f"{sum(counts.values()):,} parameters, {used:,} used per token")
-    numbers = f"{checkpoint.dtype}" + (" and 4-bit weights" if checkpoint.scheme else "")
-    report(f"{out}: {human_size(total_size(files))} of {numbers} to write, files: {len(files)}")
-    if checkpoint.group_size and any(
-            tensor.dtype != checkpoint.dtype for tensor in checkpoint.stored.values()):
-        report(f"weights outside the experts are rounded to {checkpoint.dtype}")
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def size_in_bytes(text):
     """A number of bytes as people write it.
 
-    >>> size_in_bytes("256MB"), size_in_bytes("1.5GiB"), size_in_bytes("1000")
-    (256000000, 1610612736, 1000)
+    >>> size_in_bytes("256MB"), size_in_bytes("1.5GB")
+    (256000000, 1500000000)
     """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*(?:([KMGT])(i?)B)?B?", text, re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([KMG])B", text.upper())
     if not match or not float(match[1]):
         raise argparse.ArgumentTypeError(f"wanted a size as 256MB or 4GB, got {text!r}")
-    power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    return int(float(match[1]) * 1000 ** " KMG".index(match[2]))
 
 
 def arguments(argv):
@@ -1071,27 +832,24 @@ def arguments(argv):
     p.add_argument("--dtype", choices=[*(str(dtype)[6:] for dtype in FLOATS.values()), "int4"],
                    help="convert the numbers (default: keep their dtype); int4 stores the experts "
                         "in 4 bits and everything else in 16")
-    p.add_argument("--group-size", type=int, choices=GROUP_SIZES, metavar="G",
-                   help="weights that share a scale, for int4: "
-                        f"{', '.join(map(str, GROUP_SIZES))} (default: 128)")
+    p.add_argument("--group-size", type=int, metavar="G",
+                   help="weights that share a scale, for int4: 32, 64, 128 or 256 (default: 128)")
     p.add_argument("--max-shard-size", type=size_in_bytes, default="4GB", metavar="SIZE",
                    help="size of a file, as 256MB (default: %(default)s); ignored for mistral")
-    p.add_argument("--overwrite", action="store_true",
-                   help="replace a checkpoint in OUT when the new one is complete")
     args = p.parse_args(argv)
     if args.dtype == "int4" and args.to == "mistral":
         p.error("--dtype int4 needs --to huggingface: Mistral's layout has no 4-bit weights")
-    if args.group_size and args.dtype != "int4":
+    if args.group_size is not None and args.dtype != "int4":
         p.error("--group-size needs --dtype int4")
+    if args.group_size is None and args.dtype == "int4":
+        args.group_size = 128
     return args
 
 
 def run(args):
     to = MISTRAL if args.to == "mistral" else HUGGINGFACE
-    group_size = (args.group_size or 128) if args.dtype == "int4" else None
-    dtype = getattr(torch, args.dtype) if args.dtype and not group_size else None
-    convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.overwrite,
-            group_size)
+    dtype = getattr(torch, args.dtype) if args.dtype not in (None, "int4") else None
+    convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.group_size)
     out = str(args.output_dir)
     out = shlex.quote(f"./{out}" if out.startswith("-") else out)
     report(f"next: give {out} to Mistral's own code" if to == MISTRAL else
@@ -1108,7 +866,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
-        print("convert.py:", " ".join(reason(error).splitlines()), file=sys.stderr)
+        text = " ".join(reason(error).split())
+        print("convert.py:", "".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
         return 1
 
 

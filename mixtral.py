@@ -15,7 +15,7 @@ In the shapes of this repository, each letter has one meaning:
 
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
-    S       tokens per row of a call, or of a chunk   -                             -
+    S       tokens per row that are read together     -                             -
     T       keys per row that queries can attend to   -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
@@ -30,35 +30,32 @@ In the shapes of this repository, each letter has one meaning:
     A       active experts, those used for a token    num_experts_per_tok           2
     R       tokens routed to one expert               -                             -
     M       inner width of an expert                  intermediate_size         14336
-    G       neighbouring weights with one scale       -                             -
+    G       weights that share a scale (in fast/)     -                             -
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
-million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 billion and the
-two vocabulary matrices 2·V·D = 0.3 billion, together 46.7. This is less than 8 · 7 because only the
-experts are there eight times. With two of the eight experts the same sum is 12.9 billion. A token
-looks up one row of the embedding and reads the other 12.75 billion, or 25.5 GB in bfloat16.
+million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 and the embedding
+and output matrices 2·V·D = 0.3 billion, together 46.7, which is less than 8 · 7 because only the
+experts exist eight times. With two experts the sum is 12.9 billion. Of these a token reads all but
+the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
 
-Precision: the weights have one dtype, such as bfloat16, and results are rounded to it unless the
-table says otherwise. In a float64 model everything is float64.
+Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
     operation                                     computed in            rounded to
-    linear layer, attention, silu, residual sum   dtype of the weights   dtype of the weights
     RMSNorm, before it multiplies by its weight   at least float32       dtype of the weights
     rotation of queries and keys                  at least float32       dtype of the weights
     cosine and sine of the rotation               float64, on the CPU    at least float32
+    scores and softmax of attention, by PyTorch   at least float32       PyTorch's choice
     softmax of the router                         at least float32       not rounded
     weighted sum over experts                     at least float32       dtype of the weights, once
-    logits                                        dtype of the weights   widened to float32
+    logits                                        dtype of the weights   then widened to float32
 
-"Difference:" marks a result that differs from the released code by more than rounding.
-
-Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here called the paper; "Mistral 7B"
-(arxiv.org/abs/2310.06825); the released code (github.com/mistralai/mistral-inference).
+In a float64 model all of it is float64. "Difference:" marks a result that differs from the released
+code by more than rounding. Sources: "Mixtral of Experts" (arxiv.org/abs/2401.04088), here called
+the paper; "Mistral 7B" (2310.06825); the released code (github.com/mistralai/mistral-inference).
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -66,15 +63,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
 class MixtralConfig:
-    """Hyperparameters, named as in config.json; the defaults are those of Mixtral 8x7B.
-
-    Raises ValueError for values that make no Mixtral.
-    """
+    """Hyperparameters, named as in config.json; the defaults are those of Mixtral 8x7B."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -103,12 +96,11 @@ class MixtralConfig:
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        model, kind = raw.get("model_type", "mixtral"), rope.get("rope_type", rope.get("type"))
-        if model != "mixtral" or kind not in (None, "default"):
-            raise ValueError("config: wanted model_type 'mixtral' and rope_type 'default', got "
-                             f"{model!r} and {kind!r}")
+        kind = raw.get("model_type", "mixtral"), rope.get("rope_type", rope.get("type", "default"))
+        if kind != ("mixtral", "default"):
+            raise ValueError(f"config: wanted a mixtral with rope_type default, got {kind!r:.80}")
         raw = {"rope_theta": rope.get("rope_theta", cls.rope_theta)} | raw
-        return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
+        return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 
 
 def at_least_float32(x):
@@ -122,13 +114,10 @@ def route(logits, top_k):
     logits (N, E) -> (N, A), (N, A)
 
     The weights are Softmax(TopK(logits)), the largest first, so they sum to one. `transformers`
-    takes the softmax over all E experts, keeps the largest A and divides them by their sum. The
-    result is the same, because the sum Z of exp(z) over all E experts cancels:
+    takes the softmax over all E experts, exp(zᵢ)/Z, and divides the A largest by their sum Σⱼ. This
+    is the same, because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
 
-        (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ), where j runs over the chosen experts
-
-    Difference: of equal logits, the expert with the lower index comes first, because the sort is
-    stable. The released code uses torch.topk, which promises no order.
+    Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
 
     >>> weights, chosen = route(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), top_k=3)
     >>> chosen.tolist(), [round(w, 4) for w in weights[0].tolist()]
@@ -144,9 +133,8 @@ class Expert(nn.Module):
 
     (..., D) -> (..., D)
 
-    w1 is the gate projection, w3 the up projection and w2 the down projection. The router, which is
-    called `gate` in SparseMoE, is another gate. Because w1 and w3 have the same shape, a checkpoint
-    in which they are exchanged loads without an error.
+    w1 is the gate, w3 the up and w2 the down projection. SparseMoE.gate is the router, not this
+    gate. A checkpoint with w1 and w3 exchanged loads, since they have one shape, and runs wrongly.
     """
 
     def __init__(self, D, M):
@@ -164,21 +152,17 @@ class SparseMoE(nn.Module):
 
     (B, S, D) -> (B, S, D)
 
-    This is the last equation in section 2.1 of the paper. Each expert that was chosen runs once, on
-    all tokens that chose it. For 3 tokens, 4 experts and A = 2, the choices
-    [[1, 3], [0, 1], [3, 2]] give this loop:
+    This is the last equation in section 2.1 of the paper. An expert runs once, on all tokens that
+    chose it. For 3 tokens, 4 experts and the choices [[1, 3], [0, 1], [3, 2]], the loop is:
 
         expert 0 runs on token 1            expert 2 runs on token 2
         expert 1 runs on tokens 0 and 1     expert 3 runs on tokens 0 and 2
 
-    No token is dropped, because an expert takes every token that chose it. Implementations that
-    give each expert a buffer for a fixed number of tokens, a capacity factor times the average
-    A·N/E, lose its output for a token that finds the buffer full. Padding is routed like any other
-    token, so a short row costs as much as the longest row of its batch.
-
-    Left to itself in training, the router would soon prefer a few experts, which would then learn
-    the most and be preferred even more. An auxiliary loss that grows when the tokens are spread
-    unevenly keeps all experts in use; tiny/train.py has it.
+    No token is dropped, because an expert takes every token that chose it; other implementations
+    drop those above a fixed capacity. Padding is routed like any other token, so a short row costs
+    as much as the longest of its batch. In training, the router would soon prefer a few experts,
+    which would then learn most and be preferred even more; an auxiliary loss that grows when tokens
+    are spread unevenly keeps all experts in use (see tiny/train.py).
     """
 
     def __init__(self, config):
@@ -192,18 +176,16 @@ class SparseMoE(nn.Module):
         weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
         y = torch.zeros_like(at_least_float32(tokens))  # (N, D)
         for e in sorted(set(chosen.flatten().tolist())):
-            token, rank = torch.where(chosen == e)  # (R), (R); e is choice number `rank` of `token`
-            output = weights[token, rank, None] * self.experts[e](tokens[token])  # (R, D)
-            y.index_add_(0, token, output)  # y[token] += output
+            token, rank = torch.where(chosen == e)  # (R), (R); chosen[token, rank] is e
+            output = self.experts[e](tokens[token])  # (R, D)
+            y.index_add_(0, token, weights[token, rank, None] * output)  # y[token] += …
         return y.to(x.dtype).view(x.shape)
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · weight.
+    """x / √(mean(x²) + ε) · weight, where the quotient is rounded before it is multiplied.
 
     (..., D) -> (..., D)
-
-    As in the released code, the quotient is rounded to the dtype of x before it is multiplied.
     """
 
     def __init__(self, D, eps):
@@ -235,12 +217,10 @@ def rotate(x, cos, sin):
 
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    Keys have K heads instead of H. The product of a rotated query and a rotated key depends on
-    their positions only through the distance between them.
-
-    The released code pairs the neighbours x[2i] and x[2i + 1] instead. The rows of q_proj and
-    k_proj in Hugging Face's checkpoints are reordered to match, so q·k is the same. Mistral's own
-    weights would load and run without this reordering, which convert.py does, but write nonsense.
+    For keys, K takes the place of H. The product of a rotated query and a rotated key depends on
+    their positions only through their distance. The released code pairs x[2i] and x[2i + 1].
+    Hugging Face reordered the rows of q_proj and k_proj alike, so that these pairs stand d/2 apart
+    and q·k is the same. Without this, which convert.py does, Mistral's weights write nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -251,12 +231,10 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    `queries` and `keys` hold positions. A query sees at most W keys, its own included; if W is
-    None, it sees all j ≤ i. The position −1 marks an empty slot of the cache, which no query sees.
-    Because positions are compared, the keys can be in any order, as in a rolling buffer.
+    A query sees at most W keys, its own included, or all j ≤ i if W is None. Because positions are
+    compared, keys can be in any order, as in the cache, whose empty slots have position −1.
 
-    Difference: in `moe_one_file_ref.py` of the released code, a query sees W + 1 keys while a
-    prompt is read.
+    Difference: the released `moe_one_file_ref.py` shows a query W + 1 keys while it reads a prompt.
 
     >>> visible(torch.tensor([[9]]), torch.tensor([[5, 6, 7, 8, 9, 10, -1]]), window=4).tolist()
     [[[False, True, True, True, True, False, False]]]
@@ -272,8 +250,7 @@ def attend(q, k, v, mask):
     q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
 
     H/K neighbouring query heads share a key/value head: query head h uses head h // (H/K). The
-    cache then takes K/H of the memory that H key/value heads would need. In bfloat16, PyTorch
-    computes scores and softmax in float32 and may round the probabilities.
+    cache then takes K/H of the memory that H key/value heads would need.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, S, d)
@@ -284,11 +261,9 @@ class Attention(nn.Module):
     """o_proj·attend(q, k, v), where q = q_proj·x and k = k_proj·x are rotated and v = v_proj·x.
 
     (B, S, D) -> (B, S, D)
-
-    With a cache, queries also attend to the keys and values of earlier calls.
     """
 
-    attend = staticmethod(attend)  # fast/ replaces it by an equal function that is quicker
+    attend = staticmethod(attend)  # fast/ puts an equal function here
 
     def __init__(self, config, layer):
         super().__init__()
@@ -305,7 +280,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(heads), cos, sin)  # (B, S, K, d)
         v = self.v_proj(x).view(heads)  # (B, S, K, d)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, T, K, d)
+            k, v = cache.update(self.layer, k, v)  # (B, T, K, d); with those of earlier calls
         return self.o_proj(self.attend(q, k, v, mask))
 
 
@@ -328,17 +303,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything except the output projection; returns the final hidden states.
+    """Everything except the output projection; `lengths` counts the real tokens of each row.
 
     tokens (B, S), lengths (B) -> (B, S, D)
-
-    `lengths` counts the real tokens of each row, from which the cache knows what is padding.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.rand(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)  # quicker on "meta"
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -349,8 +323,8 @@ class Decoder(nn.Module):
             positions = positions + cache.tokens_read[:, None]
             key_positions = cache.reserve(positions, lengths)  # (B, T)
         x = self.embed_tokens(tokens)  # (B, S, D)
-        cos, sin = (part.to(at_least_float32(x).dtype).to(x.device)
-                    for part in rotation(positions, c.head_dim, c.rope_theta))
+        turns = rotation(positions, c.head_dim, c.rope_theta)
+        cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in turns)
         mask = visible(positions.to(x.device), key_positions.to(x.device), c.sliding_window)
         for layer in self.layers:
             x = layer(x, cos, sin, mask[:, None], cache)
@@ -358,9 +332,15 @@ class Decoder(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The language model: the logits of the token that follows each token.
+    """The language model, which gives the logits of the token that follows each token.
 
     tokens (B, S) -> (B, S, V)
+
+    With a cache, every row continues where its earlier calls ended, and the tokens are read in
+    chunks of `cache.chunk`. `lengths` (B) is the number of real tokens of each row. The tokens
+    after them are padding, which no real token sees and no cache stores, so a short row gives what
+    it would give alone, up to rounding; the logits of padding mean nothing. With `last_only` the
+    result is (B, 1, V), for the last real token of each row.
     """
 
     def __init__(self, config):
@@ -370,26 +350,17 @@ class Mixtral(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens, cache=None, lengths=None, last_only=False):
-        """The logits (B, S, V), or with `last_only` (B, 1, V), widened to at least float32.
-
-        With a cache, every row continues where its earlier calls ended, and the tokens are read in
-        chunks of `cache.chunk`. `lengths` (B) is the number of real tokens of each row. The tokens
-        after them are padding, which no real token sees and no cache stores, so a short row gives
-        what it would give alone, up to rounding. `last_only` selects the last real token of each
-        row. The logits of padding or of an empty row mean nothing.
-        """
         B, S = tokens.shape
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
-        if cache is not None:
-            cache.check_room(lengths)
+        if cache is not None and (cache.tokens_read + lengths).max() > cache.max_length:
+            raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
         chunk, hidden = S if cache is None else cache.chunk, []
         for start in range(0, S, chunk):
-            real = (lengths - start).clamp(0, chunk)  # (B); how many of this chunk are not padding
+            real = (lengths - start).clamp(0, chunk)  # (B); the rest of the chunk is padding
             hidden.append(self.model(tokens[:, start:start + chunk], real, cache))
         hidden = torch.cat(hidden, dim=1)  # (B, S, D)
         if last_only:
-            ends = lengths.clamp(min=1).tolist()
-            hidden = torch.stack([row[n - 1:n] for row, n in zip(hidden, ends, strict=True)])
+            hidden = torch.stack([hidden[b, n - 1:n] for b, n in enumerate(lengths.clamp(min=1))])
         return at_least_float32(self.lm_head(hidden))
 
     def new_cache(self, batch_size, max_length, chunk=256):
@@ -402,15 +373,13 @@ class Mixtral(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
-        """Load a directory in the Hugging Face layout: config.json and model*.safetensors.
+        """Load config.json and model*.safetensors. Raises ValueError if they are damaged or unfit.
 
-        With dtype None the weights keep their dtype, and on a CPU they stay memory-mapped files.
-        Raises ValueError if a file is damaged or if the weights do not fit config.json.
+        With dtype None the weights keep their dtype, and on a CPU they stay mapped from the disk.
         """
         config = MixtralConfig.from_dict(read_json(Path(directory) / "config.json"))
         weights = read_weights(directory)
-        model = empty_model(config, weights)
-        return assign(model, {name: w.to(device, dtype) for name, w in weights.items()})
+        return assemble(config, {name: w.to(device, dtype) for name, w in weights.items()})
 
 
 @dataclass
@@ -419,16 +388,13 @@ class Cache:
 
     keys (L, B, C, K, d), values (L, B, C, K, d), positions (B, C)
 
-    `positions` holds the position in each slot, and −1 in an empty slot. It stays on the CPU, where
-    tokens can be counted without waiting for another device. If 300 tokens are read one by one into
-    C = 128 slots, slot 3 holds position 3, then 131, and finally 259.
+    `positions`, which stays on the CPU, holds the position in each slot, and −1 if it is empty. If
+    300 tokens are read one by one into C = 128 slots, slot 3 holds position 3, then 131, then 259.
 
     A chunk is stored before its queries attend, so it must not evict a key that they need. If it
-    begins at position s, its first query needs position s − W + 1, and its last key evicts position
-    s + chunk − 1 − C. With C = W + chunk − 1 this is s − W, which no query needs any more, and the
-    other keys evict older ones. For W = 128 and a chunk of 64 tokens from s = 1000 on, C is 191.
-    The chunk evicts positions 809 to 872, and its first query needs 873 to 1000. If all max_length
-    tokens fit, or if there is no window, C = max_length and nothing is ever evicted.
+    begins at position s, it evicts positions s − C to s − C + chunk − 1, while its first query
+    needs s − W + 1 and later positions. With C = W + chunk − 1 the last one evicted is s − W, just
+    too old to be needed. Without a window, or if all fits, C = max_length and nothing is evicted.
     """
 
     keys: Tensor
@@ -442,29 +408,21 @@ class Cache:
         """The number of tokens that each row has read in all calls, (B)."""
         return self.positions.amax(dim=1) + 1
 
-    def check_room(self, lengths):
-        """Raises ValueError unless each row can read so many more tokens (B)."""
-        room = self.max_length - self.tokens_read
-        if len(lengths) != len(room) or (lengths > room).any():
-            raise ValueError(f"cache: it has room for {room.tolist()} more tokens in its rows, got "
-                             f"{lengths.tolist()}; make one of this size with new_cache")
-
     def reserve(self, positions, lengths):
-        """Give a slot to each real token of a chunk; returns the positions in all used slots.
+        """Choose slots for a chunk, which `update` then fills; returns the positions of all keys.
 
         positions (B, S), lengths (B) -> (B, T)
-
-        Padding gets no slot, so no later query can see it.
         """
-        row, column = torch.where(torch.arange(positions.shape[1]) < lengths[:, None])
-        slot = positions[row, column] % self.positions.shape[1]
+        C, S = self.positions.shape[1], positions.shape[1]
+        row, column = torch.where(torch.arange(S) < lengths[:, None])
+        slot = positions[row, column] % C
         self.positions[row, slot] = positions[row, column]
         self.target = [index.to(self.keys.device) for index in (row, column, slot)]
-        self.used = int(self.tokens_read.max().clamp(1, self.positions.shape[1]))  # T
+        self.used = int(self.tokens_read.max().clamp(1, C))  # T
         return self.positions[:, :self.used]
 
     def update(self, layer, k, v):
-        """Store the keys and values of a chunk; returns those in all used slots.
+        """Store a chunk's keys and values in the reserved slots; returns those of all used slots.
 
         k (B, S, K, d), v (B, S, K, d) -> (B, T, K, d), (B, T, K, d)
         """
@@ -474,40 +432,34 @@ class Cache:
         return self.keys[layer, :, :self.used], self.values[layer, :, :self.used]
 
 
-# ------------------------------------------------------------------ loading
-
-
 def check_config(c):
-    """Raises ValueError naming the first field that no Mixtral has."""
+    """Raises ValueError unless this file can compute such a Mixtral."""
     def check(name, wanted, holds):
         if not holds:
             raise ValueError(f"config: {name} must be {wanted}, got {getattr(c, name)!r:.80}")
 
-    for name, kind in [(f.name, f.type) for f in dataclasses.fields(c) if f.type in (int, float)]:
-        number = isinstance(getattr(c, name), int | kind)
-        check(name, f"a positive {kind.__name__}", number and getattr(c, name) > 0)
-    H, E, W = c.num_attention_heads, c.num_local_experts, c.sliding_window
+    for name, kind in [(f.name, f.type) for f in fields(c) if f.type in (int, float)]:
+        value = getattr(c, name)
+        check(name, f"a positive {kind.__name__}", type(value) in (int, kind) and value > 0)
+    H, E = c.num_attention_heads, c.num_local_experts
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of {H} query heads", H % c.num_key_value_heads == 0)
-    check("head_dim", "even and positive", c.head_dim > 0 and c.head_dim % 2 == 0)
-    check("sliding_window", "null or a positive int", W is None or isinstance(W, int) and W > 0)
+    check("head_dim", "even", type(c.head_dim) is int and c.head_dim % 2 == 0 < c.head_dim)
+    check("sliding_window", "positive or null", c.sliding_window is None or c.sliding_window > 0)
+    check("tie_word_embeddings", "false", not c.tie_word_embeddings)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
-    check("tie_word_embeddings", "false", c.tie_word_embeddings is False)
 
 
 def read_json(path):
     """The object in a JSON file. Raises ValueError if there is none."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as a JSON object: {error}") from None
 
 
 def read_weights(directory):
-    """The tensors of model*.safetensors by name, mapped from disk. Raises ValueError."""
+    """The tensors of model*.safetensors by name, mapped from disk, or a ValueError."""
     weights = {}
     for file in sorted(Path(directory).glob("model*.safetensors")):
         try:
@@ -518,37 +470,31 @@ def read_weights(directory):
             raise ValueError(f"{file}: {min(repeated)} is in an earlier file too")
         weights |= tensors
     if not weights:
-        raise ValueError(f"{directory}: no model*.safetensors there; for Mistral's own files, run "
-                         f"python convert.py --input_dir {directory} --output_dir converted")
+        raise ValueError(f"{directory}: no model*.safetensors; see convert.py for other layouts")
     return weights
 
 
-def empty_model(config, names):
-    """A model without numbers, for weights of these names. Raises ValueError for other sizes."""
+def assemble(config, weights, adapt=lambda model: None):
+    """The model with these weights, which are not copied. Raises ValueError unless they fit.
+
+    `adapt(model)` may exchange layers while the model is empty, on the device "meta". The first
+    check spares us building millions of modules for a config.json with a wrong number.
+    """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     expert = f".experts.{config.num_local_experts - 1}."
-    if not any(name.startswith(last) and expert in name for name in names):
+    if not any(name.startswith(last) and expert in name for name in weights):
         raise ValueError(f"the weights do not fit config.json: {last}*{expert}* is missing")
-    with torch.device("meta"), WithoutInitialisation():
-        return Mixtral(config)
-
-
-class WithoutInitialisation(TorchFunctionMode):
-    """Leaves new weights as they are; on "meta", initialising them would import a compiler."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        skipped = function in (nn.init.normal_, nn.init.kaiming_uniform_)
-        return None if skipped else function(*args, **kwargs or {})
-
-
-def assign(model, weights):
-    """The model with these weights, which are not copied. Raises ValueError unless they fit."""
+    with torch.device("meta"):
+        model = Mixtral(config)
+    adapt(model)
     try:
         model.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the weights do not fit config.json: {reason:.2000}") from None
-    dtypes = {str(weight.dtype) for weight in weights.values() if weight.is_floating_point()}
-    if len(dtypes) > 1:
-        raise ValueError(f"the weights have the dtypes {', '.join(sorted(dtypes))}; choose one")
+        reason = " ".join(str(error).split())[:2000]
+        raise ValueError(f"the weights do not fit config.json: {reason}") from None
     return model.eval().requires_grad_(False)
+
+
+# Not here, and why: scaled rotations and tied embeddings, because no Mixtral has them; training,
+# which is in tiny/train.py; Mistral's own files, which convert.py reads; choosing a token from the
+# logits, which generate.py does; and all that makes the same model faster, which is in fast/.

@@ -17,13 +17,14 @@ The vocabulary is a list of pieces, and the index of a piece is its id. There ar
     unknown        <unk>; because of the byte pieces, no text encodes to it
     user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
 
-v1, v2 and v3 are the versions of Mistral's tokenizer.model; Mixtral 8x7B has v1.
+Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
+differ in their control and user-defined pieces, and so in the format of a chat.
 
-Encoding takes nearly linear time. A text is first split into words, at places that no merge can
-cross, and the ids of short words are remembered.
+Because the same words occur again and again, a text is split into words, at places that no merge
+can cross, and the ids of short words are remembered.
 
-sentencepiece parses the model file. At every load it also encodes and decodes a sample text, and a
-model is refused if the results differ from those of this file.
+sentencepiece parses the model file. It also encodes and decodes a sample text whenever a model is
+loaded, and the model is refused if the results differ from those of this file.
 
 Not included, but available in sentencepiece: training, unigram models, and normalisers other than
 the identity.
@@ -32,14 +33,14 @@ the identity.
 import codecs
 import heapq
 import re
-from itertools import chain
 from pathlib import Path
 
 import sentencepiece
 
 SPACE = "▁"  # U+2581, which stands for a space inside pieces
-MAX_MODEL_BYTES = 1 << 26  # the models of Mixtral have less than 1 MB
 RUN_OF_SPACES_SCORE = -1e9  # in Mistral's models, every piece that consists of ▁ has this score
+LATIN = "a-zA-ZÀ-ÖØ-öø-ɏ"  # without × and ÷, which are among the accented letters in Unicode
+MAX_WORDS, MAX_WORD_LENGTH = 1 << 16, 32  # of the words whose ids are remembered
 
 
 def merge(word, scores):
@@ -69,56 +70,6 @@ def merge(word, scores):
     return [word[start:end] for start, end in enumerate(end_of) if end]
 
 
-def connected_characters(start, pieces):
-    """All characters reachable from `start` through neighbours inside some piece.
-
-    From "e" these are the Latin letters. A ▁ at the start of a piece does not count.
-
-    >>> sorted(connected_characters("e", ["he", "▁th", "12", "▁,"]))
-    ['e', 'h', 't']
-    """
-    found, size_before = {start}, 0
-    while len(found) > size_before:
-        size_before = len(found)
-        for piece in pieces:
-            text = piece.lstrip(SPACE)
-            if not found.isdisjoint(text):
-                found.update(text)
-    return found
-
-
-class WordIds(dict):
-    """The ids of each word. Those of short words are remembered, at most `max_words` at a time."""
-
-    def __init__(self, tokenizer, max_words=1 << 16, max_length=32):
-        super().__init__()
-        self.tokenizer, self.max_words, self.max_length = tokenizer, max_words, max_length
-
-    def __missing__(self, word):
-        t, ids = self.tokenizer, []
-        for symbol in merge(word, t.scores):
-            if symbol in t.scores:
-                ids.append(t.ids[symbol])
-            else:
-                ids += (t.byte_ids[byte] for byte in symbol.encode("utf-8"))
-        if len(word) <= self.max_length:
-            if len(self) >= self.max_words:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
-def parse_model(path):
-    """Load a model file into sentencepiece. Raises OSError, RuntimeError or ValueError."""
-    size = path.stat().st_size
-    if not path.is_file() or size > MAX_MODEL_BYTES:  # reading a device or a pipe might never end
-        raise ValueError(f"wanted a regular file of at most {MAX_MODEL_BYTES} bytes")
-    sentencepiece.set_min_log_level(2)  # without this, damaged files print warnings to stderr
-    model = sentencepiece.SentencePieceProcessor()
-    model.load_from_serialized_proto(path.read_bytes())
-    return model
-
-
 class Tokenizer:
     """Text to ids and back, from a tokenizer.model file or the directory that holds it.
 
@@ -136,11 +87,12 @@ class Tokenizer:
 
     def __init__(self, path):
         path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        model = sentencepiece.SentencePieceProcessor()
         try:
-            model = parse_model(path)
+            model.load_from_serialized_proto(path.read_bytes())
             self._read_pieces(model)
             self._check_pieces(model)
-            self._prepare_words()
+            self.word_pattern, self.word_ids = self._choose_word_pattern(), {}
             self._compare_with(model)
         except (OSError, RuntimeError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             reason = getattr(error, "strerror", None) or str(error)
@@ -155,59 +107,53 @@ class Tokenizer:
         self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
         self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")
                          if name in self.control_ids]  # empty in v1
-        self.byte_of = {i: int(self.pieces[i][3:5], 16) for i in every if model.is_byte(i)}
-        self.byte_ids = sorted(self.byte_of, key=self.byte_of.get)
-        special = {self.unk_id, *self.control, *self.byte_of}
+        self.byte_ids = model.piece_to_id([f"<0x{byte:02X}>" for byte in range(256)])
+        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
+        special = {self.unk_id, *self.control, *self.byte_ids}
         self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in special}
         # In Mistral's models, as in all that sentencepiece trains, ordinary pieces come last.
         self.first_ordinary = max(special) + 1
         self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()
                        if i >= self.first_ordinary}
         self.user_defined = sorted(self.ids.keys() - self.scores.keys(), key=len, reverse=True)
-
-    def _check_pieces(self, model):
-        ranked = all(score == self.first_ordinary - self.ids[piece]
-                     or score == RUN_OF_SPACES_SCORE and not piece.strip(SPACE)
-                     for piece, score in self.scores.items())
-        satisfied = {
-            "256 byte pieces": len(self.byte_ids) == 256,
-            "control pieces <s> and </s>": self.bos_id != self.eos_id
-            and {self.bos_id, self.eos_id} <= self.control,
-            "both [INST] and [/INST] or neither": len(self.inst_ids) != 1,
-            "ordinary pieces in the order of their merges, with minus the rank as score": ranked,
-            "no ordinary piece with a ▁ after another character":
-                not any(SPACE in piece.lstrip(SPACE) for piece in self.scores),
-            "no unused piece": not any(map(model.is_unused, range(self.vocab_size)))}
-        for what, holds in satisfied.items():
-            if not holds:
-                raise ValueError(f"wanted a byte-fallback BPE model like Mistral's, with {what}")
-
-    def _prepare_words(self):
-        """Prepare the regular expressions that split a text into user-defined pieces and words.
-
-        A word is a run of letters or a run of other characters, with the ▁ in front of it. No piece
-        has a letter next to a character that is not a letter, and none has a ▁ after another
-        character. Therefore no merge joins two words, and each can be encoded by itself.
-        """
         either = "|".join(map(re.escape, self.user_defined)) or "(?!)"  # (?!) matches nothing
         self.user_defined_pattern = re.compile(f"({either})")
-        letters = "".join(map(re.escape, sorted(connected_characters("e", self.scores))))
-        self.word_pattern = re.compile(
-            f"{SPACE}*(?:[{letters}]+|[^{letters}{SPACE}]+)|{SPACE}+")
-        self.word_ids = WordIds(self)
+
+    def _check_pieces(self, model):
+        if not all(map(model.is_byte, self.byte_ids)):
+            raise ValueError("wanted a model with 256 byte pieces")
+        if not {self.bos_id, self.eos_id} <= self.control:
+            raise ValueError("wanted a model with the control pieces <s> and </s>")
+        for piece, score in self.scores.items():
+            rank = self.ids[piece] - self.first_ordinary
+            if score != -rank and (score != RUN_OF_SPACES_SCORE or piece.strip(SPACE)):
+                raise ValueError("wanted a BPE model, in which the score of a piece is minus the "
+                                 f"rank of its merge, but {piece!r} has {score} at rank {rank}")
+
+    def _choose_word_pattern(self):
+        """The regular expression of a word, at whose ends no merge crosses.
+
+        In Mistral's models no piece has a ▁ after another character, and none has a Latin letter
+        next to a character of another kind. So a word is a run of letters or of other characters,
+        with the ▁ in front of it. A model for other languages may lack the second property, for
+        example because it knows more letters than LATIN, and then a word ends only before a ▁.
+        """
+        for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
+            pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
+            if all(map(pattern.fullmatch, self.scores)):
+                return pattern
+        raise ValueError("wanted a model without pieces that have a ▁ after another character")
 
     def _compare_with(self, model):
         """Raise ValueError if sentencepiece encodes or decodes a sample text differently."""
         # The spaces, the ligature and the tab reveal other normalisers, the pieces other models.
         common = "".join(self.pieces[self.first_ordinary:][:300])
         text = "  Aﬁ\t " + " ".join(self.user_defined) + common + "".join(self.pieces[-100:])
-        ids = self.encode(text)
-        if model.encode(text) != ids[1:]:
-            raise ValueError("wanted BPE with the identity normaliser, a dummy prefix and all "
-                             "spaces kept, but sentencepiece encodes a sample text differently")
-        ids += [*range(self.first_ordinary), self.byte_ids[0xF0]]
-        if model.decode(ids) != self.decode(ids):
-            raise ValueError("sentencepiece decodes the ids of a sample text differently")
+        ids = self.encode(text, bos=False)
+        more = [*ids, *range(self.first_ordinary), self.byte_ids[0xF0]]
+        if model.encode(text) != ids or model.decode(more) != self.decode(more):
+            raise ValueError("wanted BPE that keeps all spaces and has the identity normaliser, "
+                             "but sentencepiece encodes or decodes a sample text differently")
 
     def encode(self, text, bos=True, eos=False):
         """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
@@ -227,9 +173,23 @@ class Tokenizer:
             if n % 2:  # re.split returns text and matches of the group in turn
                 ids.append(self.ids[part])
             else:
-                words = self.word_pattern.findall(part)
-                ids.extend(chain.from_iterable(map(self.word_ids.__getitem__, words)))
+                for word in self.word_pattern.findall(part):
+                    ids += self.word_ids.get(word) or self._encode_word(word)
         return ids + [self.eos_id] if eos else ids
+
+    def _encode_word(self, word):
+        """The ids of a word, which are remembered if the word is short."""
+        ids = []
+        for symbol in merge(word, self.scores):
+            if symbol in self.scores:
+                ids.append(self.ids[symbol])
+            else:
+                ids += (self.byte_ids[byte] for byte in symbol.encode("utf-8"))
+        if len(word) <= MAX_WORD_LENGTH:
+            if len(self.word_ids) >= MAX_WORDS:
+                self.word_ids.clear()
+            self.word_ids[word] = ids
+        return ids
 
     def encode_chat(self, messages):
         """The ids of a conversation in the format of Mistral's instruct models.
@@ -245,16 +205,39 @@ class Tokenizer:
         In v2 and v3 they are control ids, and the system text is put before the last user text.
         Raises ValueError for any other `messages`.
         """
-        system, turns = self._check_messages(messages)
+        self._check_messages(messages)
+        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        turns = [message for message in messages if message["role"] != "system"]
         system_turn = len(turns) - 1 if self.inst_ids else 0
         ids = [self.bos_id]
-        for n, (role, content) in enumerate(turns):
-            if role == "assistant":
-                ids += [*self._answer_ids(content), self.eos_id]
+        for n, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                ids += [*self._answer_ids(turn["content"]), self.eos_id]
             else:
-                ids += self._user_ids(f"{system}\n\n{content}" if system and n == system_turn
-                                      else content)
+                before = f"{system}\n\n" if system and n == system_turn else ""
+                ids += self._user_ids(before + turn["content"])
         return ids
+
+    def _check_messages(self, messages):
+        if "[SYSTEM_PROMPT]" in self.control_ids:
+            raise ValueError("chat: this tokenizer has [SYSTEM_PROMPT] and needs a later template "
+                             "than Mixtral's v1 to v3; encode the conversation with mistral-common")
+        for n, message in enumerate(messages):
+            if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+                raise ValueError(f"chat: message {n} must be a dict with the keys 'role' and "
+                                 f"'content', got {message!r:.80}")
+            role, content = message["role"], message["content"]
+            if role == "assistant" and isinstance(content, list):
+                for i in content:
+                    self.check_id(i)
+            elif not isinstance(content, str):
+                raise ValueError(f"chat: the content of message {n} must be a str, "
+                                 f"got {type(content).__name__}")
+        roles = [message["role"] for message in messages]
+        turns = roles[1:] if roles[:1] == ["system"] else roles
+        if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
+            raise ValueError("chat: the roles must be user and assistant in turn, from user to "
+                             f"user, after an optional system; got {roles!r:.80}")
 
     def _answer_ids(self, content):
         if isinstance(content, list):
@@ -266,47 +249,10 @@ class Tokenizer:
             return self.encode(f"[INST] {text} [/INST]", bos=False)
         return [self.inst_ids[0], *self.encode(text, bos=False), self.inst_ids[1]]
 
-    def _check_messages(self, messages):
-        """The system text, perhaps empty, and the other messages as pairs (role, content)."""
-        if any("SYSTEM_PROMPT" in name for name in self.control_ids):
-            raise ValueError("chat: this tokenizer has [SYSTEM_PROMPT] and needs a later template "
-                             "than Mixtral's v1 to v3; encode the conversation with mistral-common")
-        if not isinstance(messages, list):
-            raise ValueError(f"chat: messages must be a list, got {type(messages).__name__}")
-        turns = [self._check_message(n, message) for n, message in enumerate(messages)]
-        system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-        roles = [role for role, _ in turns]
-        if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[:len(roles)]:
-            raise ValueError("chat: wanted an optional system message, then user, assistant, …, "
-                             f"user, got {', '.join(roles) or 'none'}")
-        return system, turns
-
-    def _check_message(self, n, message):
-        """Role and content of message n. Raises ValueError if one of them is missing or wrong."""
-        where = f"chat: message {n}"
-        if not isinstance(message, dict):
-            raise ValueError(f"{where} must be a dict, got {type(message).__name__}")
-        if message.keys() != {"role", "content"}:
-            keys = ", ".join(ascii(key) for key in message) or "none"
-            raise ValueError(f"{where} must have the keys 'role' and 'content', got {keys:.80}")
-        role, content = message["role"], message["content"]
-        if not isinstance(role, str) or role not in ("system", "user", "assistant"):
-            got = ascii(role) if isinstance(role, str) else type(role).__name__
-            raise ValueError(f"{where}: role must be 'system', 'user' or 'assistant', "
-                             f"got {got:.40}")
-        if role == "assistant" and isinstance(content, list):
-            for i in content:
-                self.check_id(i)
-        elif not isinstance(content, str):
-            raise ValueError(f"{where}: content must be a str, got {type(content).__name__}")
-        return role, content
-
     def check_id(self, i):
         """Raise ValueError unless i is the id of a piece."""
-        if type(i) is not int:
-            raise ValueError(f"ids must be of type int, got {type(i).__name__}")
-        if not 0 <= i < self.vocab_size:
-            raise ValueError(f"ids must be in 0 … {self.vocab_size - 1}, got {i}")
+        if type(i) is not int or not 0 <= i < self.vocab_size:
+            raise ValueError(f"an id is an int in 0 … {self.vocab_size - 1}, got {i!r:.40}")
 
     def decode(self, ids):
         """The text of ids, without the space that `encode` puts in front.

@@ -18,14 +18,16 @@ That sounds wasteful and is not. With 16 texts, an expert is chosen by none of t
 products fit into the same time. The limit of a batch is thus to read all weights once for each
 step, which takes an H200 22 ms, for 64 texts as for 4.
 
-Prompts run the modules of mixtral.py in chunks of 4,096 tokens. An expert gets 1,024 of them on
-average, so multiplying takes longer than reading or waiting.
+Prompts run the modules of mixtral.py in chunks of 4,096 tokens, of which an expert gets 1,024 on
+average. Now arithmetic is the limit, so each expert must run on its own tokens only. Their numbers
+are known to the card alone; a product of groups of rows takes them from there.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fast import int4
 from fast.int4 import Int4Linear
 from mixtral import SparseMoE, at_least_float32, route, visible
 
@@ -39,19 +41,21 @@ def prepare(model):
 
     Matrices that are read together become views of one tensor; the model remains one of mixtral.py.
     """
+    device, model.attend = model.lm_head.weight.device, Attend()
     for layer in model.model.layers:
         attention, moe = layer.self_attn, layer.block_sparse_moe
-        attention.attend, E = attend, len(moe.experts)
+        attention.attend, E = model.attend, len(moe.experts)
         attention.qkv = merge([attention.q_proj, attention.k_proj, attention.v_proj], 1)
         moe.w13 = merge([matrix for expert in moe.experts for matrix in (expert.w1, expert.w3)], E)
         moe.w2 = merge([expert.w2 for expert in moe.experts], E)
         if moe.w13 and moe.w2:
-            moe.__class__ = AllExperts
+            moe.__class__, moe.sorts = MergedMoE, has_grouped_product(device, moe)
+            moe.unpack = unpacker(device, moe.w13[-1].dtype)
         torch.cuda.empty_cache()
-    if triton_kernels(model.lm_head.weight.device):
-        for module in model.modules():
-            if isinstance(module, Int4Linear):
-                module.__class__ = UnpackedLinear
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.unpack = unpacker(device, module.weight_scale.dtype)
+            module.__class__ = UnpackedLinear
     return model
 
 
@@ -65,6 +69,22 @@ def triton_kernels(device):
     except ModuleNotFoundError:
         return None
     return kernels
+
+
+def unpacker(device, dtype):
+    """The function that unpacks 4-bit weights; the kernel for it computes in float32."""
+    if triton_kernels(device) is None or dtype == torch.float64:
+        return int4.unpack
+    from fast import kernels_int4
+    return kernels_int4.unpack
+
+
+def has_grouped_product(device, moe):
+    """Whether F.grouped_mm multiplies these matrices in one kernel, without asking the host."""
+    sizes = moe.gate.in_features, moe.w13[0].shape[1] // 2
+    return (hasattr(F, "grouped_mm") and device.type == "cuda" and torch.version.cuda is not None
+            and torch.cuda.get_device_capability(device) >= (9, 0)
+            and moe.w13[-1].dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes))
 
 
 def merge(layers, count):
@@ -86,55 +106,104 @@ def merge(layers, count):
     return merged
 
 
-class AllExperts(SparseMoE):
-    """The sparse mixture without a wait: few tokens all go through all experts.
+class MergedMoE(SparseMoE):
+    """The sparse mixture without a wait, in one of two ways that depend on the number of tokens.
 
     (B, S, D) -> (B, S, D)
-
-    y = Σₑ weightₑ · SwiGLUₑ(x), where the weight of an expert that was not chosen is 0.
     """
 
     def forward(self, x):
         tokens = x.flatten(0, 1)  # (N, D)
-        if len(tokens) > FEW_TOKENS:
+        few = len(tokens) <= FEW_TOKENS
+        if not few and not self.sorts:
             return super().forward(x)
         weights, chosen = route(self.gate(tokens), self.top_k)  # (N, A), (N, A)
+        y = (self.run_all if few else self.run_chosen)(tokens, weights, chosen)
+        return y.to(x.dtype).view(x.shape)
+
+    def run_all(self, tokens, weights, chosen):
+        """y = Σₑ weightₑ · SwiGLUₑ(x) over all experts e, with weight 0 if e was not chosen.
+
+        tokens (N, D), weights (N, A), chosen (N, A) -> (N, D)
+        """
         dense = weights.new_zeros(len(tokens), len(self.experts)).scatter(1, chosen, weights)
         # An expert gets zeros for the tokens that did not choose it, and gives zeros for them. Its
         # output for a kind of token that it never met in training could overflow, and 0·∞ ≠ 0.
         inputs = torch.where(dense.T[:, :, None] > 0, tokens, 0)  # (E, N, D)
-        outputs = at_least_float32(self.run_all(inputs))  # (E, N, D)
-        return torch.einsum("ne,end->nd", dense, outputs).to(x.dtype).view(x.shape)
+        gate, up = torch.bmm(inputs, self.stacked(self.w13).mT).chunk(2, dim=2)  # (E, N, M)
+        outputs = torch.bmm(F.silu(gate) * up, self.stacked(self.w2).mT)  # (E, N, D)
+        return torch.einsum("ne,end->nd", dense, at_least_float32(outputs))
 
-    def run_all(self, inputs):
-        """Expert e on inputs[e]: (E, N, D) -> (E, N, D)."""
-        if len(self.w13) > 1:  # 4-bit weights, which are unpacked for one expert at a time
-            return torch.stack([e(x) for e, x in zip(self.experts, inputs, strict=True)])
-        gate, up = torch.bmm(inputs, self.w13[0].mT).chunk(2, dim=2)  # (E, N, M), (E, N, M)
-        return torch.bmm(F.silu(gate) * up, self.w2[0].mT)
+    def run_chosen(self, tokens, weights, chosen):
+        """The same sum over the chosen experts only, each of which runs on its own tokens.
+
+        tokens (N, D), weights (N, A), chosen (N, A) -> (N, D)
+
+        The N·A choices are sorted by expert, so that the tokens of an expert are neighbours. The
+        grouped product multiplies each of these groups by the matrix of its expert. It reads on the
+        card where the groups end.
+        """
+        choices = chosen.flatten()
+        order = choices.argsort(stable=True)
+        experts = torch.arange(len(self.experts), device=choices.device)
+        ends = (choices <= experts[:, None]).sum(dim=1, dtype=torch.int32)  # (E)
+        inputs = tokens[order // self.top_k]
+        gate, up = F.grouped_mm(inputs, self.stacked(self.w13).mT, offs=ends).chunk(2, dim=1)
+        outputs = F.grouped_mm(F.silu(gate) * up, self.stacked(self.w2).mT, offs=ends)
+        outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, A, D)
+        return (weights[:, :, None] * at_least_float32(outputs)).sum(dim=1)
+
+    def stacked(self, merged):
+        """Merged matrices as one tensor (E, rows, columns); 4-bit weights are unpacked for it."""
+        if len(merged) == 1:
+            return merged[0]
+        words, scale = (part.flatten(0, 1) for part in merged)
+        return self.unpack(words, scale).unflatten(0, (len(self.experts), -1))
 
 
 class UnpackedLinear(Int4Linear):
     """A 4-bit layer whose weights one kernel unpacks: (..., D) -> (..., M)."""
 
     def forward(self, x):
-        from fast.kernels_int4 import unpack
-        return F.linear(x, unpack(self.weight_packed, self.weight_scale))
+        return F.linear(x, self.unpack(self.weight_packed, self.weight_scale))
 
 
-def attend(q, k, v, mask):
-    """`attend` of mixtral.py, with the H/K query heads of a key/value head as rows of one head.
+class Attend:
+    """`attend` of mixtral.py for prompts and batches. The layers of a model share one object.
 
     q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
 
-    With a mask and grouped heads, PyTorch would store all scores (B, H, S, T). The kernel that does
-    not needs as many query heads as key heads. So the mask gets H/K equal rows for each token, and
-    many queries are taken in parts that keep it small.
+    With a mask and grouped heads, PyTorch would store all scores (B, H, S, T). Its kernel that does
+    not takes no mask, but it can hide from each query the keys behind its own, counted from the
+    last query and the last key. For a prompt this is often the whole mask. `reader` knows when from
+    positions on the CPU, and sets `causal`.
+    """
+
+    causal = False
+
+    def __call__(self, q, k, v, mask):
+        if not self.causal:
+            return attend_masked(q, k, v, mask)
+        from torch.nn.attention.bias import causal_lower_right  # takes a second, and only once
+        mask = causal_lower_right(q.shape[1], k.shape[1])
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, S, d)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def attend_masked(q, k, v, mask):
+    """`attend`, with the H/K query heads of a key/value head as rows of one head.
+
+    q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
+
+    The kernel that takes a mask and stores no scores needs as many query heads as key heads. So the
+    mask gets H/K equal rows for each token, and many queries are taken in parts that keep it small.
     """
     (B, S, H, d), (T, K) = q.shape, k.shape[1:3]
     part = max(1, MASK_SIZE // (B * H // K * T))
     if part < S:
-        parts = [attend(q[:, s:s + part], k, v, mask[:, :, s:s + part]) for s in range(0, S, part)]
+        parts = [attend_masked(q[:, s:s + part], k, v, mask[:, :, s:s + part])
+                 for s in range(0, S, part)]
         return torch.cat(parts, dim=1)
     q = q.reshape(B, S, K, H // K, d).transpose(1, 2).flatten(2, 3)  # (B, K, S·H/K, d)
     mask = mask.repeat_interleave(H // K, dim=2)  # (B, 1, S·H/K, T)
@@ -148,14 +217,15 @@ def attend(q, k, v, mask):
 def reader(model, cache):
     """A function read(tokens, lengths) that gives the logits after the last token of each row.
 
-    tokens (B, S), lengths (B) -> (B, V)
-
-    Calls with S = 1 replay a graph, which stays with the cache. Between two calls of one `read`
-    nobody else may change the cache. The ranks of a model that is split over several devices
-    exchange their results in hooks of its modules, so its steps run as they are, without a graph.
+    It takes tokens (B, S) and lengths (B), and returns (B, V). Calls with S = 1 replay a graph,
+    which stays with the cache. Between two calls of one `read` nobody else may change the cache.
+    The ranks of a model that is split over several devices exchange their results in hooks of its
+    modules, so its steps run as they are, without a graph. So does a model whose routers have
+    hooks, as generate.py --experts gives them.
     """
     mixtures = [layer.block_sparse_moe for layer in model.model.layers]
-    if getattr(model, "sharded", False) or not all(type(m) is AllExperts for m in mixtures):
+    if getattr(model, "sharded", False) or any(
+            type(m) is not MergedMoE or m.gate._forward_hooks for m in mixtures):
         return lambda tokens, lengths: model(tokens, cache, lengths, last_only=True)[:, 0]
     if not hasattr(cache, "step"):
         cache.step = Step(model, cache)
@@ -168,9 +238,25 @@ def reader(model, cache):
         if tokens.shape[1] == 1 and lengths.any():
             return step(tokens, lengths, cache)
         step.stale = True
-        return model(tokens, cache, lengths, last_only=True)[:, 0]
+        model.attend.causal = tokens.shape[1] == lengths.max() and is_causal(model, cache, lengths)
+        try:
+            return model(tokens, cache, lengths, last_only=True)[:, 0]
+        finally:
+            model.attend.causal = False
 
     return read
+
+
+def is_causal(model, cache, lengths):
+    """Whether all rows continue at the same position, and no key leaves the window or the cache.
+
+    Then the query at place i of S tokens sees all keys but the last S − 1 − i. Padding is at the
+    end of a row, so no real token sees it.
+    """
+    read, window = cache.tokens_read, model.config.sliding_window
+    last = int(read.max() + lengths.max())
+    return bool((read == read[0]).all()) and last <= cache.positions.shape[1] and (
+        window is None or last <= window)
 
 
 def write_positions(positions, now, alive):
@@ -205,7 +291,8 @@ class Step:
         self.kernels, self.experts = chosen_kernels(model) if B == 1 else (None, None)
 
     def __call__(self, tokens, lengths, cache):
-        cache.check_room(lengths)
+        if (cache.tokens_read + lengths).max() > cache.max_length:
+            raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
         if self.stale:  # others have read or forgotten tokens
             self.positions.copy_(cache.positions)
             self.now.copy_(cache.tokens_read)

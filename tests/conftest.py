@@ -53,6 +53,7 @@ WORKER, BESIDE = ThreadPoolExecutor(1), {}
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "beside(run): start the function before all tests")
+    config.addinivalue_line("markers", "claim: one of the claims in tests/README.md")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,7 +1,8 @@
 """Writes a model in every layout in which Mixtral checkpoints are published.
 
-Each writer in LAYOUTS takes a model and a directory to create, and returns the directory. Nothing
-here uses the tables or the row order of convert.py, which is tested against these files.
+Each writer takes a model and a directory to create, and returns the directory. LAYOUTS holds those
+that convert.py reads. Nothing here uses the tables or the row order of convert.py, which is tested
+against these files.
 """
 
 import json
@@ -78,7 +79,10 @@ def mistral_safetensors(model, directory):
 
 
 def mistral_split(model, directory):
-    """The eleven parts of the first torrent. Sorted as text, -split10 comes before -split2."""
+    """The eleven parts of the first torrent, which are one file when they are joined.
+
+    Sorted as text, -split10 comes before -split2.
+    """
     whole = mistral_pickle(model, directory) / "consolidated.00.pth"
     content = whole.read_bytes()
     whole.unlink()
@@ -150,5 +154,5 @@ def huggingface_pickles(model, directory):
                                lambda path, tensors: torch.save(tensors, path))
 
 
-LAYOUTS = [mistral_pickle, mistral_safetensors, mistral_split, mistral_fused, huggingface,
-           huggingface_5, huggingface_sharded, huggingface_pickles]
+LAYOUTS = [mistral_pickle, mistral_safetensors, mistral_fused, huggingface, huggingface_5,
+           huggingface_sharded, huggingface_pickles]

@@ -2,10 +2,8 @@
 
 import dataclasses
 import doctest
-import json
 import math
-import random
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +27,6 @@ from mixtral import (
     rotate,
     rotation,
     route,
-    unpack,
     visible,
 )
 
@@ -76,6 +73,7 @@ def read_ragged(model, calls, cache):
 # ---------------------------------------------------------------- the whole model
 
 
+@pytest.mark.claim
 @settings(max_examples=100, deadline=None)
 @given(window=WINDOWS, K=st.integers(1, 3), ratio=st.integers(1, 4), E=st.integers(1, 5),
        chunk=st.integers(1, 9), calls=lengths_of_calls(3, 5, 3), data=st.data())
@@ -110,6 +108,7 @@ def test_the_released_sizes_have_the_published_parameter_counts(sizes, total, ac
     assert total - idle == active
 
 
+@pytest.mark.claim
 @settings(max_examples=40, deadline=None)
 @given(window=WINDOWS, chunk=st.integers(1, 30), cuts=st.lists(st.integers(1, 29), max_size=6))
 def test_any_chunking_is_one_pass(window, chunk, cuts):
@@ -128,6 +127,7 @@ def test_one_token_at_a_time_is_one_pass_through_many_wraps(window, chunk):
     assert relative_error(steps, model(tokens)) < 1e-12
 
 
+@pytest.mark.claim
 @settings(max_examples=40, deadline=None)
 @given(window=WINDOWS, chunk=st.integers(1, 12), calls=lengths_of_calls(3, 9, 4))
 def test_a_ragged_row_gives_what_it_gives_alone_call_after_call(window, chunk, calls):
@@ -137,7 +137,7 @@ def test_a_ragged_row_gives_what_it_gives_alone_call_after_call(window, chunk, c
     for text, row in zip(texts, logits, strict=True):
         if text:
             assert relative_error(torch.stack(row), model(torch.tensor([text]))[0]) < 1e-12
-    assert cache.lengths.tolist() == [len(text) for text in texts]
+    assert cache.tokens_read.tolist() == [len(text) for text in texts]
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -178,7 +178,7 @@ def test_last_only_gives_the_logits_after_the_last_real_token_and_computes_no_ot
 
 def test_the_examples_in_the_docstrings_are_true():
     result = doctest.testmod(mixtral)
-    assert result.attempted >= 4 and result.failed == 0
+    assert result.attempted == 3 and result.failed == 0
 
 
 # ---------------------------------------------------------------- routing
@@ -215,6 +215,7 @@ def mixture(E=8, A=2, dtype=torch.float64):
     return model.model.layers[0].block_sparse_moe
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("E, A", [(8, 2), (4, 1), (4, 3), (4, 4), (1, 1)])
 def test_the_mixture_is_a_loop_over_tokens_and_a_masked_dense_sum(E, A):
     moe, x = mixture(E, A), randn(2, 9, 24)
@@ -324,13 +325,6 @@ def test_a_query_sees_w_keys_including_its_own(window, start):
         assert seen == list(range(max(0, i + 1 - (window or i + 1)), i + 1))
 
 
-def added(seen, ratio, dtype):
-    """The mask of `attend` for what queries see (B, S, T), spelled out: (B, 1, S·H/K, T)."""
-    rows = [[0.0 if lit else -math.inf for lit in row] for row in seen.flatten(0, 1).tolist()
-            for _ in range(ratio)]
-    return torch.tensor(rows, dtype=dtype).view(len(seen), 1, -1, seen.shape[2])
-
-
 def explicit(q, k, v, seen):
     """softmax(q·kᵀ/√d)·v over the keys that are seen, in float64, head by head: (B, S, H·d)."""
     heads, ratio = [], q.shape[2] // k.shape[2]
@@ -341,13 +335,14 @@ def explicit(q, k, v, seen):
     return torch.cat(heads, dim=-1)
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("H, K", [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (4, 2)])
 @pytest.mark.parametrize("window", [None, 3])
 def test_attention_is_the_explicit_formula_for_every_head(H, K, window):
     S, T = torch.arange(4, 9).expand(2, 5), torch.arange(9).expand(2, 9)
     q, k, v = randn(2, 5, H, 4, seed=1), *randn(2, 2, 9, K, 4, seed=2)
     seen = visible(S, T, window)
-    got = attend(q, k, v, added(seen, H // K, q.dtype))
+    got = attend(q, k, v, seen[:, None])
     assert relative_error(got, explicit(q, k, v, seen)) < 1e-14
 
 
@@ -355,7 +350,7 @@ def test_query_head_13_of_32_uses_key_value_head_3_of_8():
     """Only key/value head 3 has values that are not zero; query heads 12 to 15 notice."""
     q, k, v = randn(1, 5, 32, 2), randn(1, 7, 8, 2), torch.zeros(1, 7, 8, 2).double()
     v[:, :, 3] = 1
-    mixed = attend(q, k, v, torch.zeros(1, 1, 5 * 4, 7).double()).view(1, 5, 32, 2)
+    mixed = attend(q, k, v, torch.ones(1, 1, 5, 7, dtype=torch.bool)).view(1, 5, 32, 2)
     assert mixed.abs().amax(dim=(0, 1, 3)).nonzero()[:, 0].tolist() == [12, 13, 14, 15]
 
 
@@ -375,25 +370,25 @@ def test_slot_s_holds_the_latest_position_that_is_s_mod_c(W, chunk, data):
     for call in data.draw(lengths_of_calls(2, chunk, 10)):
         S = max(1, *call)
         positions = torch.arange(S) + torch.tensor(lengths)[:, None]
-        _, remember = cache.extend(positions, torch.tensor(call))
+        cache.reserve(positions, torch.tensor(call))
         k = positions[:, :, None, None].expand(2, S, 2, 4).double()
-        remember(1, k, -k)
+        cache.update(1, k, -k)
         for row, length in enumerate(call):
             for position in range(lengths[row], lengths[row] + length):
                 slots[row][position % C] = position
             lengths[row] += length
     stored = torch.tensor(slots)
-    assert torch.equal(cache.positions, stored) and cache.lengths.tolist() == lengths
-    keys, values = cache.keys_and_values[1]
+    assert torch.equal(cache.positions, stored) and cache.tokens_read.tolist() == lengths
+    keys, values = cache.keys[1], cache.values[1]
     assert torch.equal(keys, stored.clamp(0)[:, :, None, None].expand(2, C, 2, 4))
-    assert torch.equal(values, -keys) and not cache.keys_and_values[0].any()
+    assert torch.equal(values, -keys) and not cache.keys[0].any()
 
 
 def test_slot_3_of_128_holds_position_259_after_300_single_tokens():
     cache, held = tiny_cache(128, 1, 300, chunk=1), []
     assert cache.positions.shape == (1, 128)
     for n in range(300):
-        cache.extend(torch.tensor([[n]]), torch.tensor([1]))
+        cache.reserve(torch.tensor([[n]]), torch.tensor([1]))
         held.append(cache.positions[0, 3].item())
     assert sorted(set(held)) == [-1, 3, 131, 259] and held[-1] == 259
 
@@ -406,7 +401,7 @@ def test_a_call_never_overwrites_a_key_that_its_queries_need(W, chunk, calls):
     for S in calls:
         positions = torch.arange(length, length + min(S, chunk))[None]
         length += positions.shape[1]
-        keys, _ = cache.extend(positions, torch.tensor([positions.shape[1]]))
+        keys = cache.reserve(positions, torch.tensor([positions.shape[1]]))
         for i, row in zip(positions[0].tolist(), visible(positions, keys, W)[0], strict=True):
             assert sorted(keys[0, row].tolist()) == list(range(max(0, i + 1 - (W or i + 1)), i + 1))
 
@@ -415,46 +410,74 @@ def test_only_the_slots_in_use_are_read():
     cache = tiny_cache(None, 2, 600, chunk=100)
     for lengths, wanted in (([0, 0], 1), ([60, 20], 60), ([1, 1], 61)):
         S = max(1, *lengths)
-        positions = torch.arange(S) + cache.lengths[:, None]
-        keys, remember = cache.extend(positions, torch.tensor(lengths))
-        assert keys.shape == (2, wanted)
-        assert remember(0, *torch.zeros(2, 2, S, 2, 4).double())[1].shape == (2, wanted, 2, 4)
+        positions = torch.arange(S) + cache.tokens_read[:, None]
+        assert cache.reserve(positions, torch.tensor(lengths)).shape == (2, wanted)
+        for stored in cache.update(0, *torch.zeros(2, 2, S, 2, 4).double()):
+            assert stored.shape == (2, wanted, 2, 4)
 
 
 def test_the_cache_stops_growing_at_the_window():
     model = random_model(sliding_window=128)
     small, large = (model.new_cache(1, length) for length in (500, 2000))
-    assert small.keys_and_values.shape == (2, 2, 1, 128 + 256 - 1, 2, 4)
-    assert large.keys_and_values.shape == small.keys_and_values.shape
-    assert model.new_cache(1, 9).keys_and_values.shape[3] == 9
-    model = random_model(sliding_window=None)
-    assert model.new_cache(1, 700).keys_and_values.shape[3] == 700
+    assert small.keys.shape == small.values.shape == (2, 1, 128 + 256 - 1, 2, 4)
+    assert large.keys.shape == small.keys.shape
+    assert model.new_cache(1, 9).keys.shape[2] == 9
+    assert random_model(sliding_window=None).new_cache(1, 700).keys.shape[2] == 700
 
 
 # ---------------------------------------------------------------- precision
 
 
 class RecordDtypes(TorchDispatchMode):
-    """Records the floating-point dtypes of everything that is computed."""
+    """Records the floating-point dtypes of all that is computed outside of some functions."""
 
-    def __init__(self):
+    def __init__(self, *but):
         super().__init__()
-        self.seen = set()
+        self.seen, self.but = set(), {function.__code__ for function in but}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **kwargs or {})
-        self.seen |= {x.dtype for x in (output if isinstance(output, tuple | list) else [output])
-                      if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        output, frame = func(*args, **kwargs or {}), sys._getframe()
+        while frame and frame.f_code not in self.but:
+            frame = frame.f_back
+        if not frame:
+            self.seen |= {x.dtype for x in (output if isinstance(output, tuple | list)
+                                            else [output])
+                          if isinstance(x, torch.Tensor) and x.is_floating_point()}
         return output
 
 
-def test_in_a_float64_model_every_number_is_float64():
-    model, tokens = random_model(), torch.arange(12).view(2, 6)
-    with RecordDtypes() as dtypes:
+@pytest.mark.claim
+@pytest.mark.parametrize("dtype, but", [(torch.float64, []), (torch.float32, [rotation])])
+def test_a_float64_model_computes_in_float64_and_a_float32_model_only_angles(dtype, but):
+    """Devices without float64 run the model, because the angles are computed on the CPU."""
+    model, tokens = random_model(dtype=dtype), torch.arange(12).view(2, 6)
+    with RecordDtypes(*but) as dtypes:
         model(tokens)
         cache = model.new_cache(2, 6, chunk=4)
         model(tokens, cache, lengths=torch.tensor([6, 3]), last_only=True)
-    assert dtypes.seen == {torch.float64}
+    assert dtypes.seen == {dtype}
+
+
+class OnlyOnTheCpu(TorchDispatchMode):
+    """Fails if a tensor on another device than the CPU has its numbers read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default or args[0].is_cpu
+        return func(*args, **kwargs or {})
+
+
+def test_counting_positions_never_reads_numbers_from_the_device_of_the_model():
+    """On the device "meta" there are none. The loop over experts, which reads some, is left out."""
+    with torch.device("meta"):
+        model = Mixtral(MixtralConfig(**SMALL))
+    for layer in model.model.layers:
+        layer.block_sparse_moe = torch.nn.Identity()
+    cache, tokens = model.new_cache(2, 20, chunk=4), torch.zeros(2, 6, dtype=torch.int64)
+    for lengths in ([6, 3], [1, 0], [1, 1]):
+        logits = model(tokens[:, :max(lengths)].to("meta"), cache, torch.tensor(lengths),
+                       last_only=True)
+        assert logits.is_meta and cache.positions.is_cpu
+    assert cache.tokens_read.tolist() == [8, 4]
 
 
 def test_only_16_bit_floats_are_widened():
@@ -465,7 +488,9 @@ def test_only_16_bit_floats_are_widened():
 
 def is_rounded_once(got, exact, slack):
     """Half a unit in the last place, and `slack` for what float32 loses before the rounding."""
-    half_unit = torch.finfo(got.dtype).eps / 4 * 2.0 ** torch.frexp(exact).exponent
+    info = torch.finfo(got.dtype)
+    half_unit = info.eps / 4 * 2.0 ** torch.frexp(exact).exponent
+    half_unit = half_unit.clamp(min=info.eps * info.smallest_normal / 2)  # for subnormal numbers
     return ((got.double() - exact).abs() <= half_unit + slack).all()
 
 
@@ -483,6 +508,7 @@ class Scale(torch.nn.Module):
         return x * self.factor
 
 
+@pytest.mark.claim
 @NARROW
 def test_the_weighted_sum_of_the_experts_is_rounded_once(dtype):
     """Fails if the router weights, a product or a partial sum is rounded to the narrow dtype."""
@@ -555,7 +581,7 @@ def test_attention_rounds_only_probabilities_and_its_result(dtype):
     q, k, v = (randn(2, 40, heads, 4, seed=heads + n, dtype=dtype) for n, heads in
                enumerate((6, 2, 2)))
     seen = visible(*2 * [torch.arange(40).expand(2, 40)], 30)
-    got = attend(q, k, v, added(seen, 3, dtype))
+    got = attend(q, k, v, seen[:, None])
     exact, mass = explicit(q, k, v, seen), explicit(q, k, v.abs(), seen)
     assert got.dtype == dtype
     assert is_rounded_once(got, exact, (torch.finfo(dtype).eps / 2 + 2e-6) * mass)
@@ -568,106 +594,7 @@ def test_logits_are_the_narrow_product_widened(dtype):
     logits = model(torch.arange(9)[None])
     assert logits.dtype == torch.float32 and hidden[0].dtype == dtype
     assert torch.equal(logits, torch.nn.functional.linear(hidden[0], model.lm_head.weight).float())
-    assert model.new_cache(1, 5).keys_and_values.dtype == dtype
-
-
-# ---------------------------------------------------------------- 4-bit weights
-
-
-def pack(q):
-    """Integers in −8 … 7 as 32-bit words, one bit pattern after the other: (M, D) to (M, D/8)."""
-    words = [[sum(row[8 * j + i] + 8 << 4 * i for i in range(8)) for j in range(len(row) // 8)]
-             for row in q]
-    signed = [[word - 2**32 if word >= 2**31 else word for word in row] for row in words]
-    return torch.tensor(signed, dtype=torch.int32)
-
-
-SCHEME = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
-    "group_0": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 8}}}}
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.lists(st.lists(st.integers(-8, 7), min_size=16, max_size=16), min_size=1,
-                     max_size=4), G=st.sampled_from([8, 16]))
-def test_unpacked_weights_are_the_integers_times_their_scales(rows, G):
-    for dtype in (torch.float64, torch.bfloat16):
-        scale = (randn(len(rows), 16 // G) + 3).to(dtype)
-        exact = torch.tensor(rows) * scale.repeat_interleave(G, dim=1).double()
-        got = unpack(pack(rows), scale)
-        assert got.dtype == dtype and torch.equal(got, exact.to(dtype))
-
-
-def save_int4(directory, G=8):
-    """A checkpoint whose experts have 4 bits, and the model with the weights they stand for."""
-    model = random_model(intermediate_size=16)
-    tensors, generator = model.state_dict(), torch.Generator().manual_seed(1)
-    for name in [name for name in tensors if ".experts." in name]:
-        M, D = tensors.pop(name).shape
-        q = torch.randint(-8, 8, (M, D), generator=generator)
-        scale = torch.rand(M, D // G, generator=generator).double() / 8
-        model.get_parameter(name).copy_(q * scale.repeat_interleave(G, dim=1))
-        tensors |= {f"{name}_packed": pack(q.tolist()), f"{name}_scale": scale,
-                    f"{name}_shape": torch.tensor([M, D])}
-    save(model, directory, quantization_config=SCHEME)
-    write_safetensors(directory / "model.safetensors", tensors)
-    return model, tensors
-
-
-def test_a_4_bit_checkpoint_gives_the_logits_of_the_weights_it_stands_for(tmp_path):
-    model, _ = save_int4(tmp_path)
-    loaded, tokens = Mixtral.from_pretrained(tmp_path), torch.arange(30).view(2, 15)
-    assert not any(".experts." in name for name, _ in loaded.named_parameters())
-    assert relative_error(loaded(tokens), model(tokens)) < 1e-13
-    narrow = Mixtral.from_pretrained(tmp_path, torch.bfloat16)
-    scale = narrow.model.layers[0].block_sparse_moe.experts[0].w1.weight_scale
-    assert scale.dtype == torch.bfloat16 and narrow(tokens).isfinite().all()
-
-
-@pytest.mark.parametrize("path, value, message", [
-    ("quant_method", "gptq", "quant_method must be 'compressed-tensors', got 'gptq'"),
-    ("format", "int-quantized", "format must be 'pack-quantized', got 'int-quantized'"),
-    ("config_groups", {}, "quantised"), ("config_groups.group_0", None, "quantised"),
-    ("config_groups.group_1", SCHEME["config_groups"]["group_0"], "config_groups must be 1, got 2"),
-    ("config_groups.group_0.weights.num_bits", 8, "num_bits must be 4, got 8"),
-    ("config_groups.group_0.weights.symmetric", False, "symmetric must be True, got False"),
-    ("config_groups.group_0.weights.strategy", "channel", "strategy must be 'group'"),
-    ("config_groups.group_0.weights.actorder", "group", "actorder must be None"),
-    ("config_groups.group_0.weights.group_size", 12, "group_size must be a multiple of 8, got 12"),
-    ("config_groups.group_0.weights.group_size", None, "group_size must be a multiple of 8"),
-    ("config_groups.group_0.input_activations", {"num_bits": 8}, "activations must be None"),
-    ("config_groups.group_0.output_activations", {"num_bits": 8}, "activations must be None"),
-    ("transform_config", {"R1": {}}, "transform_config must be None"),
-    ("config_groups.group_0.weights.group_size", 64, "weight_shape must be .* group size 64")])
-def test_other_quantised_formats_are_refused_by_name(tmp_path, path, value, message):
-    save_int4(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    *parents, last = path.split(".")
-    place = raw["quantization_config"]
-    for parent in parents:
-        place = place[parent]
-    place[last] = value
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=message):
-        Mixtral.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("ending, tensor, message", [
-    ("_packed", torch.zeros(16, 2, dtype=torch.int32), "size mismatch for .*weight_packed"),
-    ("_packed", torch.zeros(16, 3, dtype=torch.int64), "weight_packed must be .*int32"),
-    ("_packed", torch.zeros(16, 3, dtype=torch.float64), "weight_packed must be .*int32"),
-    ("_shape", torch.tensor([24, 16]), r"weight_shape must be \[16, 24\]"),
-    ("_shape", None, r"weight_shape must be \[16, 24\]"),
-    ("_scale", None, "Missing .*weight_scale"),
-    ("_scale", torch.ones(16, 3, dtype=torch.int32), "weight_scale must be floating-point")])
-def test_4_bit_tensors_that_do_not_fit_are_refused(tmp_path, ending, tensor, message):
-    _, tensors = save_int4(tmp_path)
-    name = f"model.layers.1.block_sparse_moe.experts.7.w1.weight{ending}"
-    tensors[name] = tensor
-    write_safetensors(tmp_path / "model.safetensors",
-                      {name: x for name, x in tensors.items() if x is not None})
-    with pytest.raises(ValueError, match=message):
-        Mixtral.from_pretrained(tmp_path)
+    assert model.new_cache(1, 5).keys.dtype == dtype
 
 
 # ---------------------------------------------------------------- configuration and loading
@@ -733,59 +660,17 @@ def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
 # ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("raw, message", [
-    ({"num_key_value_heads": 5}, "num_key_value_heads must be a divisor.* 32, got 5"),
-    ({"head_dim": 7}, "head_dim must be even, got 7"),
-    ({"num_attention_heads": 24}, "hidden_size must be an even multiple of num_attention_heads 24"),
-    ({"num_attention_heads": 4096, "num_key_value_heads": 8}, "hidden_size must be an even"),
-    ({"num_experts_per_tok": 9}, "num_experts_per_tok must be <= num_local_experts 8, got 9"),
-    ({"num_experts_per_tok": 0}, "num_experts_per_tok must be an integer in 1 … 1048576, got 0"),
-    ({"num_local_experts": 2**70}, f"num_local_experts must be an integer in .*, got {2**70}"),
-    ({"num_local_experts": 600}, "num_local_experts must be <= 16384 / num_hidden_layers"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer in 1 … 1048576, got 1000"),
-    ({"hidden_size": 10**400}, "hidden_size must be an integer in 1 … 1048576, got 1000"),
-    ({"sliding_window": 0}, "sliding_window must be an integer in 1 … 1048576 or null, got 0"),
-    ({"sliding_window": "4096"}, "sliding_window must be an integer .*, got '4096'"),
-    ({"hidden_size": 4096.0}, "hidden_size must be an integer"),
-    ({"vocab_size": True}, "vocab_size must be an integer"),
-    ({"vocab_size": None}, "vocab_size must be an integer"),
-    ({"eos_token_id": -1}, "eos_token_id must be an integer in 0 … 1048576 or null, got -1"),
-    ({"bos_token_id": [1]}, "bos_token_id must be an integer"),
-    ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-    ({"rope_theta": -1.0}, "rope_theta must be a number > 0 and < 2..63, got -1.0"),
-    ({"rope_theta": math.inf}, "rope_theta must be a number > 0 and < 2..63, got inf"),
-    ({"rope_theta": 10**400}, "rope_theta must be a number > 0 and < 2..63, got 1000"),
-    ({"rope_theta": True}, "rope_theta must be a number > 0 and < 2..63, got True"),
-    ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a number > 0 and < 2..63, got nan"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings must be false, got True"),
-    ({"model_type": "llama"}, "model_type must be 'mixtral', got 'llama'"),
-    ({"rope_scaling": {"type": "yarn"}}, "rope_type must be 'default', got 'yarn'"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "rope_type must be 'default', got 'linear'"),
-    ({"rope_parameters": 3}, "rope_parameters must be an object or null, got 3"),
-    ({"rope_scaling": [1]}, r"rope_scaling must be an object or null, got \[1\]")])
-def test_an_impossible_config_is_refused_by_name_in_a_short_line(raw, message):
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize("raw, name", [
+    ({"num_key_value_heads": 5}, "num_key_value_heads"), ({"head_dim": 7}, "head_dim"),
+    ({"num_attention_heads": 8192}, "head_dim"), ({"hidden_size": 4096.0}, "hidden_size"),
+    ({"num_experts_per_tok": 9}, "num_experts_per_tok"), ({"vocab_size": None}, "vocab_size"),
+    ({"num_experts_per_tok": 0}, "num_experts_per_tok"), ({"vocab_size": True}, "vocab_size"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "llama"}, "llama"),
+    ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+    ({"rope_parameters": {"rope_type": "linear"}}, "linear")])
+def test_a_config_of_another_model_is_refused_by_name(raw, name):
+    with pytest.raises(ValueError, match=f"config: .*{name}"):
         MixtralConfig.from_dict(raw)
-    assert len(str(error.value)) < 250 and str(error.value).isprintable()
-
-
-@pytest.mark.parametrize("tokens, message", [
-    (torch.tensor([[37]]), "0 … 36, got 37"), (torch.tensor([[-1]]), "0 … 36, got -1"),
-    (torch.tensor([[1.0]]), "int64"), (torch.tensor([1, 2]), "shape"),
-    (torch.zeros(1, 0, dtype=torch.int64), "at least one")])
-def test_tokens_outside_the_vocabulary_are_refused(tokens, message):
-    with pytest.raises(ValueError, match=message):
-        random_model()(tokens)
-
-
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("lengths", [[3], [1, 4], [-1, 2], [1.0, 2.0], [True, True], [[1, 2]]])
-def test_lengths_that_do_not_fit_are_refused_and_leave_the_cache_as_it_was(lengths, cached):
-    model = random_model()
-    cache = model.new_cache(2, 9) if cached else None
-    with pytest.raises(ValueError, match="lengths must be 2 int64 numbers in 0 … 3"):
-        model(torch.zeros(2, 3, dtype=torch.int64), cache, torch.tensor(lengths))
-    assert not cached or cache.lengths.tolist() == [0, 0]
 
 
 def test_a_cache_refuses_more_than_it_was_made_for_and_stays_as_it_was():
@@ -793,19 +678,11 @@ def test_a_cache_refuses_more_than_it_was_made_for_and_stays_as_it_was():
     cache = model.new_cache(2, 4, chunk=2)
     model(torch.zeros(2, 3, dtype=torch.int64), cache, torch.tensor([3, 1]))
     state = cache.positions.clone()
-    with pytest.raises(ValueError, match="room for 4 tokens per row, got 5; .* max_length"):
+    with pytest.raises(ValueError, match="more than its 4 tokens"):
         model(torch.zeros(2, 2, dtype=torch.int64), cache)
-    with pytest.raises(ValueError, match="it has 2 rows, got 1 rows of tokens"):
-        model(torch.zeros(1, 1, dtype=torch.int64), cache)
     assert torch.equal(cache.positions, state)
     model(torch.zeros(2, 3, dtype=torch.int64), cache, torch.tensor([1, 3]))
-    assert cache.lengths.tolist() == [4, 4]
-
-
-@pytest.mark.parametrize("sizes", [(0, 4), (1, 0), (1, 4, 0), (1, 2.0), (True, 4), ("1", 4)])
-def test_a_cache_of_impossible_size_is_refused(sizes):
-    with pytest.raises(ValueError, match="must be integers >= 1"):
-        random_model().new_cache(*sizes)
+    assert cache.tokens_read.tolist() == [4, 4]
 
 
 def test_missing_unexpected_and_misshaped_tensors_are_all_named(checkpoint):
@@ -824,8 +701,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_all_named(checkpoint):
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_hidden_layers": 16384, "num_local_experts": 1, "num_experts_per_tok": 1},
-    {"num_local_experts": 8192}, {"num_local_experts": 9}, {"num_hidden_layers": 3}])
+    {"num_local_experts": 9}, {"num_hidden_layers": 3}, {"num_hidden_layers": 10**9}])
 def test_a_config_with_more_layers_or_experts_is_refused_before_a_model_is_built(
         checkpoint, changes, monkeypatch):
     save(random_model(), checkpoint, **changes)
@@ -840,26 +716,6 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
         Mixtral.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("stored, dtype, message", [
-    (torch.float32, None, "one floating-point dtype, got torch.float32, torch.float64"),
-    (torch.int64, None, "model.norm.weight must be floating-point, got torch.int64"),
-    (torch.int64, torch.float32, "model.norm.weight must be floating-point, got torch.int64")])
-def test_mixed_or_integer_weights_are_refused(checkpoint, stored, dtype, message):
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(stored)
-    write_safetensors(checkpoint / "model.safetensors", tensors)
-    with pytest.raises(ValueError, match=message):
-        Mixtral.from_pretrained(checkpoint, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
-def test_weights_of_a_dtype_without_arithmetic_are_refused(dtype):
-    model = random_model()
-    weights = {name: weight.to(dtype) for name, weight in model.state_dict().items()}
-    with pytest.raises(ValueError, match="bfloat16, float16, float32 and float64 are supported"):
-        mixtral.assemble(dataclasses.asdict(model.config), weights)
-
-
 def test_a_dtype_makes_mixed_weights_alike(checkpoint):
     tensors = load_file(checkpoint / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
@@ -868,141 +724,24 @@ def test_a_dtype_makes_mixed_weights_alike(checkpoint):
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
-def test_a_truncated_file_is_refused(checkpoint):
+def test_a_truncated_file_is_refused_by_name(checkpoint):
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="model.safetensors: not a complete safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors"):
         Mixtral.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("{", "config.json: not readable as JSON"), ("[]", "must hold a JSON object, got list"),
-    ("[" * 100_000, "config.json: not readable as JSON"), ("", "config.json: not readable as JSON"),
-    ('{"num_experts_per_tok": 99}', "num_experts_per_tok must be")])
-def test_a_broken_config_is_refused(checkpoint, text, message):
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, ""])
+def test_a_broken_config_is_refused_by_name(checkpoint, text):
     (checkpoint / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="config.json"):
         Mixtral.from_pretrained(checkpoint)
 
 
-def test_a_missing_config_or_directory_is_refused(checkpoint):
+def test_a_missing_config_and_missing_weights_are_refused_by_name(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\*.safetensors; see convert.py"):
+        Mixtral.from_pretrained(checkpoint)
     (checkpoint / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json: not readable as JSON: No such file"):
+    with pytest.raises(ValueError, match="config.json.*No such file"):
         Mixtral.from_pretrained(checkpoint)
-    with pytest.raises(ValueError, match=r"nowhere: no model\*.safetensors there"):
-        Mixtral.from_pretrained(checkpoint / "nowhere")
-
-
-def test_mistrals_weights_are_answered_with_the_command_that_converts_them(tmp_path):
-    directory = tmp_path / "raw weights"
-    directory.mkdir()
-    (directory / "consolidated.00.pth").touch()
-    with pytest.raises(ValueError) as error:
-        Mixtral.from_pretrained(directory)
-    command = f"python convert.py --input_dir '{directory}' --output_dir converted"
-    assert str(error.value).endswith(command)
-
-
-# ---------------------------------------------------------------- damaged checkpoints
-
-
-@pytest.mark.parametrize("old", ["F64", "lm_head.weight"])
-@pytest.mark.parametrize("new", [r"\n\u001b", 5000 * "x"], ids=["control", "long"])
-def test_text_of_a_damaged_header_stays_one_short_printable_line(checkpoint, old, new):
-    file = checkpoint / "model.safetensors"
-    content = file.read_bytes()
-    size = 8 + int.from_bytes(content[:8], "little")
-    header = content[8:size].decode()
-    header = header.replace(f'"{old}"', f'"{new}"', 1).encode()
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[size:])
-    with pytest.raises(ValueError) as error:
-        Mixtral.from_pretrained(checkpoint)
-    assert str(error.value).isprintable() and len(str(error.value)) < 3000
-
-
-VALUES = [None, True, -1, 0, 1, 2, 3, 2**14, 2**20, 2**63, 2**70, 10**400, math.inf, math.nan, 0.5,
-          "x", "", "F32", "I64", "F8_E4M3", "BF16", [], {}, [1, 2], {"rope_theta": 7}, "\n\x1b"]
-
-
-def damage_bytes(rng, content, start=0, stop=None):
-    """Change one to three bytes of a part of a file."""
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(start, stop or len(content))
-        content[at] = rng.choice([rng.randrange(256), *b'0123456789{}[]",:.e-'])
-    return bytes(content)
-
-
-def damage_field(rng, fields):
-    """Remove or rename a field, or give it or a field inside it another value."""
-    name, value = rng.choice([*fields, "quantization_config", "rope_parameters"]), None
-    kind = rng.choice(["remove", "rename", "inside", "replace", "replace"])
-    if kind in ("remove", "rename"):
-        value = fields.pop(name, {})
-    if kind == "rename":
-        fields[rng.choice([name + "x", "", "\n"])] = value
-    elif kind == "inside" and isinstance(fields.get(name), dict):
-        fields[name][rng.choice(list(fields[name]))] = rng.choice(VALUES)
-    elif kind != "remove":
-        fields[name] = rng.choice(VALUES)
-    return json.dumps(fields).encode()
-
-
-def damaged(rng, config, weights):
-    """The two files of a checkpoint after one kind of damage."""
-    kind, size = rng.randrange(6), 8 + int.from_bytes(weights[:8], "little")
-    if kind == 0:
-        return damage_bytes(rng, config), weights
-    if kind == 1:
-        return damage_field(rng, json.loads(config)), weights
-    if kind == 2:
-        return config, damage_bytes(rng, weights, 8, size)
-    if kind == 3:
-        return config, damage_bytes(rng, weights, 0, 8)
-    if kind == 4:
-        return config, weights[:rng.randrange(len(weights))]
-    header = damage_field(rng, json.loads(weights[8:size]))
-    header += b" " * (-len(header) % 8)
-    return config, len(header).to_bytes(8, "little") + header + weights[size:]
-
-
-def expected_logits(config, weights, tokens):
-    """What the two files say, read and computed without mixtral.py."""
-    fields = dataclasses.asdict(MixtralConfig()) | json.loads(config)
-    fields |= fields.get("rope_parameters") or {}
-    size, tensors = 8 + int.from_bytes(weights[:8], "little"), {}
-    for name, entry in json.loads(weights[8:size]).items():
-        if name != "__metadata__":
-            start, end = (size + offset for offset in entry["data_offsets"])
-            numbers = torch.frombuffer(bytearray(weights[start:end]), dtype=torch.float64)
-            tensors[name] = numbers.view(entry["shape"]).tolist()
-    return torch.tensor([reference.logits(fields, tensors, tokens)], dtype=torch.float64)
-
-
-def try_damaged(directory, seed, config, weights):
-    """Damage a checkpoint, load it and say what happened: "refused" or "right"."""
-    config, weights = damaged(random.Random(seed), config, weights)
-    (directory / "config.json").write_bytes(config)
-    (directory / "model.safetensors").unlink(missing_ok=True)
-    (directory / "model.safetensors").write_bytes(weights)
-    start = time.process_time()
-    try:
-        logits = Mixtral.from_pretrained(directory)(torch.tensor([[1, 5, 3, 5, 0, 2, 2]]))
-    except ValueError as error:
-        assert str(error).isprintable() and len(str(error)) < 3000
-        outcome = "refused"
-    else:
-        slow = expected_logits(config, weights, [1, 5, 3, 5, 0, 2, 2])
-        assert relative_error(logits, slow) < 1e-12
-        outcome = "right"
-    assert time.process_time() - start < 5
-    return outcome
-
-
-def test_a_damaged_checkpoint_is_refused_in_one_line_or_gives_the_right_logits(tmp_path):
-    save(random_model(num_local_experts=3, num_attention_heads=2, num_key_value_heads=1,
-                      **TINY_SIZES), tmp_path)
-    config, weights = ((tmp_path / name).read_bytes()
-                       for name in ("config.json", "model.safetensors"))
-    outcomes = [try_damaged(tmp_path, seed, config, weights) for seed in range(150)]
-    assert outcomes.count("refused") > 75 and outcomes.count("right") > 5

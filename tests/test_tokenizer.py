@@ -1,8 +1,7 @@
 """Claims about tokenizer.py. The main one: its ids and texts are those of sentencepiece."""
 
-import os
+import pickle
 import random
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokenizer
-from tokenizer import SPACE, Tokenizer, connected_characters, merge
+from tokenizer import SPACE, Tokenizer, merge
 
 ROOT = Path(__file__).resolve().parent.parent
 MISTRAL = {"v1": "tokenizer.model.v1",
@@ -21,13 +20,14 @@ MISTRAL = {"v1": "tokenizer.model.v1",
 NO_MISTRAL = "mistral-common, which brings Mistral's tokenizers, is not installed"
 WORDS = ("the cat sat on a mat and then ran away from that big dog who had seen it eat bread "
          "naïve façade über straße 東京 привет 12 345 6789 don't well-known end. why?").split()
+VIETNAMESE = "tiếng Việt đẹp lắm, tiếng hay".split()  # has Latin letters outside tokenizer.LATIN
 
 
-def train(path, **options):
+def train(path, words=WORDS, **options):
     """A small model of seeded sentences, made by sentencepiece's own trainer."""
     path.parent.mkdir(exist_ok=True)
     draw = random.Random(0)
-    lines = [" ".join(draw.choices(WORDS, k=12)) for _ in range(400)]
+    lines = [" ".join(draw.choices(words, k=12)) for _ in range(400)]
     defaults = {
         "model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "split_digits": True,
         "normalization_rule_name": "identity", "remove_extra_whitespaces": False, "pad_id": -1,
@@ -42,11 +42,12 @@ def train(path, **options):
 def models(tmp_path_factory):
     """Paths of model files: two trained here, the embedded one and, if installed, Mistral's.
 
-    "marked" has the control pieces [INST] and [/INST], as v2 and v3 do, and user-defined pieces.
+    "marked" has the control pieces [INST] and [/INST], as v2 and v3 do, user-defined pieces, and
+    pieces that join letters inside and outside of LATIN.
     """
     folder = tmp_path_factory.mktemp("models")
     found = {"own": train(folder / "own" / "tokenizer.model"),
-             "marked": train(folder / "marked" / "tokenizer.model",
+             "marked": train(folder / "marked" / "tokenizer.model", WORDS + VIETNAMESE,
                              control_symbols=["[INST]", "[/INST]"],
                              user_defined_symbols=["the", "thecat", "[X]"]),
              "tiny": ROOT / "tiny" / "tokenizer.model"}
@@ -71,6 +72,11 @@ def own(models):
 
 
 @pytest.fixture(scope="session")
+def marked(models):
+    return Tokenizer(models["marked"])
+
+
+@pytest.fixture(scope="session")
 def v1(models):
     if "v1" not in models:
         pytest.skip(NO_MISTRAL)
@@ -84,30 +90,24 @@ ODD = [" ", "  ", "\n", "\t", "\r", "\0", SPACE, "\ufffd", "\u0301", "<s>", "</s
        "[INST]", "<0x41>", "[REFERENCE_DOC_1]", "[REFERENCE_DOC_10]", "[REFERENCE_DOC_", "é", "🦙"]
 TEXTS = st.one_of(
     st.text(max_size=60),
-    st.lists(st.one_of(st.sampled_from(ODD), st.sampled_from(WORDS)), max_size=20).map("".join),
+    st.lists(st.one_of(st.sampled_from(ODD), st.sampled_from(WORDS + VIETNAMESE)),
+             max_size=20).map("".join),
     st.text("abet ", max_size=60),
     st.tuples(st.sampled_from(["a", " ", "the ", "\n", SPACE, "=", "aab"]),
               st.integers(1, 200)).map(lambda pair: pair[0] * pair[1]))
 
 
+@pytest.mark.claim
 def test_encode_equals_sentencepiece_for_generated_text(both):
     ours, theirs = both
+    pieces = st.lists(st.sampled_from(ours.pieces), max_size=12).map("".join)
 
     @settings(max_examples=300, deadline=None)
-    @given(TEXTS)
+    @given(TEXTS | pieces | pieces.map(lambda text: text.replace(SPACE, " ")))
     def check(text):
         assert ours.encode(text, bos=False) == theirs.encode(text)
 
     check()
-
-
-def test_encode_equals_sentencepiece_for_strings_of_its_own_pieces(both):
-    ours, theirs = both
-    draw = random.Random(1)
-    for _ in range(500):
-        text = "".join(draw.choices(ours.pieces, k=draw.randrange(1, 12)))
-        text = text.replace(SPACE, " ") if draw.random() < 0.7 else text
-        assert ours.encode(text, bos=False) == theirs.encode(text), text
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "ab", "\n", "é"])
@@ -128,7 +128,6 @@ def test_bos_and_eos_are_added_on_request_only(both):
 @pytest.mark.parametrize("text, ids", [
     ("Hello my name is", [22557, 586, 1141, 349]),
     ("My favourite condiment is ", [1984, 16020, 2076, 2487, 349, 28705]),
-    ("This is 🦙", [851, 349, 28705, 243, 162, 169, 156]),
     ("This is 🦙.cpp", [851, 349, 28705, 243, 162, 169, 156, 28723, 5222]),
     ("</s>", [1867, 28713, 28767]),
     ("a\nb", [264, 13, 28726]),
@@ -137,7 +136,6 @@ def test_bos_and_eos_are_added_on_request_only(both):
     (" " * 16, [359, 28705])])
 def test_encode_gives_the_published_ids_of_mixtral_8x7b(v1, text, ids):
     assert v1.encode(text, bos=False) == ids
-    assert v1.encode(text, eos=True) == [1, *ids, 2]
 
 
 def test_the_example_of_the_module_docstring_holds(v1):
@@ -148,19 +146,20 @@ def test_the_example_of_the_module_docstring_holds(v1):
     assert v1.encode(text, bos=False) == [int(i) for i in ids.split()]
 
 
-def test_no_text_encodes_to_a_control_id_or_the_unknown_id(both):
-    ours, _ = both
-    for piece in [ours.pieces[i] for i in sorted(ours.control)[:40]] + ["<unk>", "<0x0A>"]:
-        ids = ours.encode(f"a {piece}{piece} b", bos=False)
-        assert not {ours.unk_id, *ours.control} & set(ids)
-
-
-def test_user_defined_pieces_match_as_a_whole_and_longest_first(models):
-    path = models["marked"]
-    ours, theirs = Tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+def test_user_defined_pieces_match_as_a_whole_and_longest_first(models, marked):
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(models["marked"]))
     for text in ("thecat the", "xthe cat[X][X", "[X] the", "aththecatthe"):
-        assert ours.encode(text, bos=False) == theirs.encode(text)
-    assert ours.encode("athecat[X]", bos=False)[-2:] == [ours.ids["thecat"], ours.ids["[X]"]]
+        assert marked.encode(text, bos=False) == theirs.encode(text)
+    assert marked.encode("athecat[X]", bos=False)[-2:] == [marked.ids["thecat"], marked.ids["[X]"]]
+
+
+def test_a_directory_stands_for_the_model_inside_it(models, marked):
+    assert Tokenizer(models["marked"].parent).pieces == marked.pieces
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(marked):
+    text = "the naïve cat[X]"
+    assert pickle.loads(pickle.dumps(marked)).encode(text) == marked.encode(text)
 
 
 # ------------------------------------------------------------------ ids to text
@@ -174,42 +173,20 @@ def some_ids(tokenizer, draw):
     return [draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(12))]
 
 
-def test_decode_equals_sentencepiece_for_any_ids(both):
+@pytest.mark.claim
+def test_decode_and_the_joined_stream_equal_sentencepiece_for_any_ids(both):
     ours, theirs = both
     draw = random.Random(2)
-    for _ in range(1000):
-        ids = some_ids(ours, draw)
+    for ids in [[ours.vocab_size - 1]] + [some_ids(ours, draw) for _ in range(1000)]:
+        stream = ours.stream()
+        assert "".join([stream.feed(i) for i in ids] + [stream.flush()]) == theirs.decode(ids), ids
         assert ours.decode(ids) == theirs.decode(ids), ids
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(max_size=60).filter(lambda text: SPACE not in text))
+@given(text=st.text(max_size=60).filter(lambda text: SPACE not in text) | st.text(" a", max_size=9))
 def test_decoding_gives_the_text_back(own, text):
     assert own.decode(own.encode(text, eos=True)) == text
-
-
-def test_decoding_gives_all_leading_spaces_back(both):
-    ours, _ = both
-    for n in range(1, 20):
-        assert ours.decode(ours.encode(" " * n + "a")) == " " * n + "a"
-
-
-def test_the_space_piece_decodes_as_a_space(both):
-    ours, _ = both
-    assert ours.decode(ours.encode(f"a{SPACE}b")) == "a b"
-
-
-def test_each_undecodable_byte_gives_one_replacement_character(both):
-    ours, _ = both
-    assert ours.decode([ours.byte_ids[b] for b in b"\xe2\x82A\xff"]) == "\ufffd\ufffdA\ufffd"
-
-
-def test_the_joined_stream_is_the_decoded_whole(both):
-    ours, theirs = both
-    draw = random.Random(3)
-    for ids in [some_ids(ours, draw) for _ in range(300)] + [ours.encode(" naïve 🦙  a\n")]:
-        stream = ours.stream()
-        assert "".join([stream.feed(i) for i in ids] + [stream.flush()]) == theirs.decode(ids)
 
 
 def test_a_stream_holds_back_an_unfinished_character_and_no_more(both):
@@ -252,6 +229,7 @@ HOSTILE = st.one_of(
     st.text("ab [/INST]<>s\n🦙é", max_size=20))
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_encode_chat_equals_mistral_common(models, version):
     mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
@@ -282,20 +260,22 @@ def test_without_control_pieces_the_marks_are_text_and_the_system_text_is_in_the
         *text("[INST] c [/INST]")]
 
 
-def test_with_control_pieces_the_marks_are_ids_and_the_system_text_is_in_the_last_turn(models):
-    ours = Tokenizer(models["marked"])
-    start, end = (ours.pieces.index(piece) for piece in ("[INST]", "[/INST]"))
+def test_with_control_pieces_the_marks_are_ids_and_the_system_text_is_in_the_last_turn(marked):
+    start, end = (marked.pieces.index(piece) for piece in ("[INST]", "[/INST]"))
 
     def text(string):
-        return ours.encode(string, bos=False)
+        return marked.encode(string, bos=False)
 
-    assert ours.encode_chat(conversation("a", "b ", "c", system="S")) == [
-        ours.bos_id, start, *text("a"), end, *text("b"), ours.eos_id, start, *text("S\n\nc"), end]
+    assert marked.encode_chat(conversation("a", "b ", "c", system="S")) == [
+        marked.bos_id, start, *text("a"), end, *text("b"), marked.eos_id,
+        start, *text("S\n\nc"), end]
 
 
-def test_no_message_encodes_to_a_control_id(both):
+def test_no_text_and_no_message_encodes_to_a_control_id_or_the_unknown_id(both):
     ours, _ = both
-    hostile = "<s> </s> <unk> [INST] [/INST] [AVAILABLE_TOOLS]"
+    never = {ours.unk_id, *ours.control}
+    hostile = " ".join(2 * ours.pieces[i] for i in sorted(never))
+    assert never.isdisjoint(ours.encode(hostile, bos=False))
     ids = ours.encode_chat(conversation(hostile, hostile, hostile, system=hostile))
     marks = [ours.control_ids[name] for name in ("[INST]", "[/INST]") if name in ours.control_ids]
     assert [i for i in ids if i in ours.control] == [ours.bos_id, *marks, ours.eos_id, *marks]
@@ -303,13 +283,12 @@ def test_no_message_encodes_to_a_control_id(both):
 
 def test_an_answer_can_be_the_ids_that_were_generated(both):
     ours, _ = both
-    whole = ours.encode_chat(conversation("a", "b c", "d"))
-    ids = ours.encode("b c", bos=False)
-    assert ours.encode_chat(conversation("a", ids, "d")) == whole
-    letters = [i for letter in "b c" for i in ours.encode(letter, bos=False)]
-    other = ours.encode_chat(conversation("a", letters, "d"))
-    assert letters != ids and len(other) == len(whole) - len(ids) + len(letters)
-    assert any(other[n:n + len(letters)] == letters for n in range(len(other)))
+    text, ids = ours.encode("b c", bos=False), [ours.byte_ids[b] for b in b"b c"]
+    before, after = [ours.encode_chat(conversation(x)) for x in ("a", "d")]
+    expected = [*before, *ids, ours.eos_id, *after[1:]]
+    assert ours.encode_chat(conversation("a", ids, "d")) == expected
+    assert ours.encode_chat(conversation("a", text, "d")) == ours.encode_chat(
+        conversation("a", "b c", "d")) != expected
 
 
 # ------------------------------------------------------------------ merging and words
@@ -330,15 +309,6 @@ def test_merge_equals_a_scan_of_all_pairs_for_the_best(symbols, data):
     assert merge(symbols, scores) == slow
 
 
-def test_equal_scores_merge_leftmost_first():
-    assert merge("aaaaa", {"aa": -1.0}) == ["aa", "aa", "a"]
-    assert merge("aba", {"ab": -1.0, "ba": -1.0}) == ["ab", "a"]
-
-
-def test_the_higher_score_merges_first_wherever_it_stands():
-    assert merge("abc", {"ab": -2.0, "bc": -1.0}) == ["a", "bc"]
-
-
 def test_merge_looks_at_no_more_than_three_pairs_per_character():
     class Counted(dict):
         looked_up = 0
@@ -353,133 +323,65 @@ def test_merge_looks_at_no_more_than_three_pairs_per_character():
         assert scores.looked_up <= 3 * n
 
 
-def test_connected_characters_equal_the_closure_of_the_neighbour_relation(both):
-    pieces = both[0].scores
-    neighbours = {}
-    for piece in pieces:
-        text = piece.lstrip(SPACE)
-        for left, right in zip(text, text[1:], strict=False):
-            neighbours.setdefault(left, set()).add(right)
-            neighbours.setdefault(right, set()).add(left)
-    for start in "e1т,":
-        found, waiting = {start}, [start]
-        while waiting:
-            new = neighbours.get(waiting.pop(), set()) - found
-            found |= new
-            waiting += new
-        assert connected_characters(start, pieces) == found
-
-
-def test_a_text_is_split_into_words_that_no_piece_crosses(both):
+def test_a_word_ends_where_no_piece_goes_on(both, models, marked):
     ours, _ = both
-    assert all(ours.word_pattern.findall(piece) == [piece] for piece in ours.scores)
-    text = " one, 2".replace(" ", SPACE)
-    assert ours.word_pattern.findall(text) == [f"{SPACE}one", ",", f"{SPACE}2"]
+    text = " one, việt".replace(" ", SPACE)
+    if ours.pieces == marked.pieces:  # some of its pieces join v, i and ệ
+        assert ours.word_pattern.findall(text) == [f"{SPACE}one,", f"{SPACE}việt"]
+    else:
+        assert ours.word_pattern.findall(text) == [f"{SPACE}one", ",", f"{SPACE}vi", "ệ", "t"]
 
 
-def test_remembered_words_do_not_change_the_ids(both):
-    ours, theirs = both
-    ours.word_ids.clear()
-    for text in ("the cat  sat", "the  cat sat", "cat the", "the cat  sat") * 2:
-        assert ours.encode(text, bos=False) == theirs.encode(text)
-
-
-def test_a_remembered_word_is_not_merged_again(models, monkeypatch):
+def test_a_word_is_merged_once_and_keeps_its_ids(models, monkeypatch):
     ours = Tokenizer(models["own"])
-    ids = ours.encode("the naïve cat")
+    texts = ("the cat  sat", "the  cat sat", "cat the", "naïve")
+    ids = [ours.encode(text) for text in texts]
     monkeypatch.delattr(tokenizer, "merge")
-    assert ours.encode("the naïve cat") == ids
+    assert [ours.encode(text) for text in texts] == ids
 
 
-def test_the_number_and_length_of_remembered_words_are_bounded(models):
+def test_the_number_and_length_of_remembered_words_are_bounded(models, monkeypatch):
+    monkeypatch.setattr(tokenizer, "MAX_WORDS", 8)
     ours = Tokenizer(models["own"])
-    ours.word_ids.max_words = 8
     text = " ".join(f"x{n}" for n in range(100)) + " " + "y" * 1000
     assert ours.encode(text) == Tokenizer(models["own"]).encode(text)
     assert 0 < len(ours.word_ids) <= 8 and max(map(len, ours.word_ids)) <= 32
 
 
-def test_a_directory_stands_for_the_model_inside_it(models):
-    by_directory = Tokenizer(models["marked"].parent)
-    assert by_directory.pieces == Tokenizer(str(models["marked"])).pieces
+# ------------------------------------------------------------------ errors
 
 
-# ------------------------------------------------------------------ errors: arguments
-
-
-@pytest.mark.parametrize("text, character", [("\ud800", 0), ("a\udcffb", 1)])
-def test_lone_surrogates_are_refused(own, text, character):
-    with pytest.raises(ValueError, match=f"lone surrogate at character {character}"):
+@pytest.mark.parametrize("text, words", [
+    ("\ud800", "character 0"), ("a\udcffb", "character 1"), (b"a", "bytes"), (None, "NoneType")])
+def test_what_is_not_unicode_text_is_refused(own, text, words):
+    with pytest.raises(ValueError, match=words):
         own.encode(text)
 
 
-@pytest.mark.parametrize("text", [b"a", None, 1, ["a"]])
-def test_what_is_not_a_str_is_refused_as_text(own, text):
-    with pytest.raises(ValueError, match=f"must be a str, got {type(text).__name__}"):
-        own.encode(text)
-
-
-@pytest.mark.parametrize("wrong", [-1, 10**6, 1.0, "a", True, None])
+@pytest.mark.parametrize("wrong", [-1, 420, 10**6, 1.0, "a", True, None])
 def test_ids_outside_the_vocabulary_are_refused(own, wrong):
-    words = f"in 0 … {own.vocab_size - 1}, got" if type(wrong) is int else "must be of type int"
-    with pytest.raises(ValueError, match=words):
-        own.decode([5, wrong])
-    with pytest.raises(ValueError, match=words):
-        own.encode_chat(conversation("a", [5, wrong], "b"))
-
-
-def test_the_last_id_decodes_and_the_one_after_it_is_refused(both):
-    ours, theirs = both
-    assert ours.decode([ours.vocab_size - 1]) == theirs.decode([ours.vocab_size - 1])
-    with pytest.raises(ValueError, match=f"in 0 … {ours.vocab_size - 1}, got {ours.vocab_size}"):
-        ours.decode([ours.vocab_size])
+    assert own.vocab_size <= 420
+    for use in (own.decode, lambda ids: own.encode_chat(conversation("a", ids, "b"))):
+        with pytest.raises(ValueError, match=f"0 … {own.vocab_size - 1}, got {wrong!r}"):
+            use([5, wrong])
 
 
 @pytest.mark.parametrize("messages, words", [
-    (None, "messages must be a list, got NoneType"),
-    (message("user", "a"), "messages must be a list, got dict"),
-    ("a", "messages must be a list, got str"),
-    (["a"], "message 0 must be a dict, got str"),
-    ([*conversation("a", "b"), None], "message 2 must be a dict, got NoneType"),
-    ([{}], "keys 'role' and 'content', got none"),
-    ([{"role": "user"}], "keys 'role' and 'content', got 'role'"),
-    ([{"content": "a"}], "keys 'role' and 'content', got 'content'"),
-    ([message("user", "a") | {"name\n": "b"}], r"got 'role', 'content', 'name\\n'"),
-    ([message("tool\n", "a")], r"role must be 'system', 'user' or 'assistant', got 'tool\\n'"),
-    ([message(["user"], "a")], "role must be .*, got list"),
-    ([message("user", None)], "message 0: content must be a str, got NoneType"),
-    ([message("user", [5])], "message 0: content must be a str, got list"),
-    (conversation("a", (5,), "b"), "message 1: content must be a str, got tuple"),
-    (conversation("a", system=3), "message 0: content must be a str, got int"),
-    (conversation("a", system=[5]), "message 0: content must be a str, got list"),
-    (conversation("a\ud800"), "lone surrogate"),
-    ([], "got none"), (conversation("a", "b"), "got user, assistant$"),
-    ([message("assistant", "a")], "got assistant"), ([message("system", "a")], "got none"),
-    (conversation("a") * 3, "got user, user, user"),
-    (conversation("a", system="b") * 2, "got user, system, user")])
+    ("a", "message 0"), (message("user", "a"), "message 0"),
+    ([*conversation("a", "b"), "c"], "message 2"), ([{"role": "user"}], "message 0"),
+    ([message("user", "a") | {"name\n": "b"}], "message 0"),
+    ([message("tool\n", "a")], "roles"), ([], "roles"), (conversation("a", "b"), "roles"),
+    ([message("assistant", "a")], "roles"), ([message("system", "a")], "roles"),
+    (conversation("a") * 2, "roles"), (conversation("a") * 3, "roles"),
+    (conversation("a", system="b") * 2, "roles"),
+    ([message("user", None)], "content of message 0"),
+    (conversation("a", (5,), "b"), "content of message 1"),
+    (conversation("a", system=[5]), "content of message 0"),
+    (conversation("a\ud800"), "lone surrogate")])
 def test_malformed_conversations_are_refused_in_one_line(own, messages, words):
     with pytest.raises(ValueError, match=words) as caught:
         own.encode_chat(messages)
     assert "\n" not in str(caught.value)
-
-
-JUNK = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
-                    | st.sampled_from(["role", "content", "user", "assistant", "system"]),
-                    lambda inner: st.lists(inner, max_size=3)
-                    | st.dictionaries(st.sampled_from(["role", "content", "name"]), inner),
-                    max_leaves=6)
-
-
-@settings(max_examples=200, deadline=None)
-@given(messages=JUNK | st.lists(st.fixed_dictionaries({
-    "role": st.sampled_from(["user", "assistant", "system"]) | JUNK, "content": JUNK})))
-def test_any_messages_give_ids_or_a_value_error(own, messages):
-    try:
-        ids = own.encode_chat(messages)
-    except ValueError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(type(i) is int and 0 <= i < own.vocab_size for i in ids)
 
 
 def test_a_tokenizer_with_a_later_chat_template_is_refused(tmp_path):
@@ -489,130 +391,32 @@ def test_a_tokenizer_with_a_later_chat_template_is_refused(tmp_path):
         Tokenizer(path).encode_chat(conversation("a"))
 
 
-# ------------------------------------------------------------------ errors: model files
-
-
 def refused(path, words="not a usable tokenizer model"):
-    sentencepiece.set_min_log_level(0)  # the default, which the trainer may have changed
     with pytest.raises(ValueError, match=words) as caught:
         Tokenizer(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}") and text.isprintable(), text
+    assert text.startswith(f"{path}: ") and text.isprintable(), text
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"model_type": "unigram"}, "minus the rank as score"),
-    ({"byte_fallback": False}, "256 byte pieces"),
-    ({"normalization_rule_name": "nmt_nfkc"}, "identity normaliser"),
-    ({"remove_extra_whitespaces": True}, "identity normaliser"),
-    ({"add_dummy_prefix": False}, "identity normaliser"),
-    ({"unk_surface": " ? "}, "decodes the ids of a sample text differently"),
-    ({"split_by_whitespace": False}, "no ordinary piece with a ▁ after another character")])
+    ({"model_type": "unigram"}, "score"),
+    ({"byte_fallback": False}, "byte pieces"),
+    ({"bos_id": -1}, "control pieces"),
+    ({"normalization_rule_name": "nmt_nfkc"}, "normaliser"),
+    ({"remove_extra_whitespaces": True}, "normaliser"),
+    ({"add_dummy_prefix": False}, "normaliser"),
+    ({"unk_surface": " ? "}, "decodes"),
+    ({"split_by_whitespace": False}, "▁ after another character")])
 def test_a_model_of_another_kind_is_refused(tmp_path, options, words):
     refused(train(tmp_path / "tokenizer.model", **options), words)
 
 
-NORMAL, CONTROL, UNUSED = 1, 3, 5
-
-
-def record(piece, score, kind=None):
-    """The bytes of one piece in a model file."""
-    text = piece if isinstance(piece, bytes) else piece.encode()
-    body = b"\n%c%b\x15%b" % (len(text), text, struct.pack("<f", score))
-    body += b"\x18%c" % kind if kind else b""
-    return b"\n%c%b" % (len(body), body)
-
-
-def with_pieces(data, *changes):
-    """The bytes of a model with some pieces replaced: pairs of the arguments of `record`."""
-    for old, new in changes:
-        assert data.count(record(*old)) == 1, old
-        data = data.replace(record(*old), record(*new))
-    return data
-
-
-@pytest.mark.parametrize("old, new, words", [
-    *[((5,), (5, score), "minus the rank as score")
-      for score in (float("nan"), float("inf"), -float("inf"), 0.0, 7.0, -4.0, -5.5, -1e9)],
-    ((5,), (6,), "already defined"),
-    ((5,), (b"", -5.0), "must not be empty"),
-    ((5,), (b"\0", -5.0), "no unused piece"),
-    ((5,), (b"a\xff", -5.0), "codec can't decode"),
-    ((5,), ("a▁b", -5.0), "no ordinary piece with a ▁"),
-    ((5,), (5, -5.0, UNUSED), "no unused piece"),
-    (("<s>", 0.0, CONTROL), ("<s>", 0.0, NORMAL), "control pieces <s> and </s>"),
-    (("<s>", 0.0, CONTROL), ("<x>", 0.0, CONTROL), "control pieces <s> and </s>"),
-    (("</s>", 0.0, CONTROL), ("</S>", 0.0, CONTROL), "control pieces <s> and </s>"),
-    (("[INST]", 0.0, CONTROL), ("[INSU]", 0.0, CONTROL), "both .INST. and ./INST. or neither"),
-    (("[/INST]", 0.0, CONTROL), ("[/INST]", 0.0, NORMAL), "both .INST. and ./INST. or neither"),
-    (("<0x41>", 0.0, 6), ("<0x4G>", 0.0, 6), "is invalid"),
-    (("<0x41>", 0.0, 6), ("<0x41>", 0.0, NORMAL), "256 byte pieces"),
-    (("<0x41>", 0.0, 6), ("<0x42>", 0.0, 6), "already defined")])
-def test_a_model_with_an_impossible_piece_is_refused(models, tmp_path, capfd, old, new, words):
-    """A number stands for the ordinary piece of that rank."""
-    ours = Tokenizer(models["marked"])
-    by_rank = {-ours.scores[piece]: piece for piece in ours.scores}
-
-    def complete(piece, *rest):
-        return (by_rank[piece], *(rest or [-float(piece)])) if piece in by_rank else (piece, *rest)
-
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(with_pieces(models["marked"].read_bytes(), (complete(*old), complete(*new))))
-    refused(path, words)
-    assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize("name", ["own", "marked", "tiny"])
-def test_bpe_pieces_in_a_model_of_another_type_are_refused(models, tmp_path, name):
-    data = models[name].read_bytes()
-    bpe = b"\x18\x02 "  # the trainer's model_type, BPE, and the tag of the next field
-    assert data.count(bpe) == 1
-    (tmp_path / "tokenizer.model").write_bytes(data.replace(bpe, b"\x18\x01 "))  # unigram
-    refused(tmp_path / "tokenizer.model", "encodes a sample text differently")
-
-
-@pytest.mark.parametrize("content", [b"", b"hello", b"\0" * 100, b'{"model": 1}', b"\n" * 10**6])
-def test_a_file_that_is_no_model_is_refused(tmp_path, content, capfd):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(content)
-    refused(path)
-    assert capfd.readouterr().err == ""
-
-
-def test_what_is_not_a_small_regular_file_is_refused_without_being_read(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere: .* No such file")
-    path = tmp_path / "tokenizer.model"
-    path.touch()
-    os.truncate(path, (1 << 26) + 1)  # a sparse file
-    refused(path, "a regular file of at most")
-    refused(Path(os.devnull), "a regular file of at most")
-
-
-def damaged(data, draw):
-    """A model with one byte changed, most often near one of the ends, or cut off."""
-    at = draw.choice([draw.randrange(len(data)), draw.randrange(300), -1 - draw.randrange(100)])
-    if draw.random() < 0.1:
-        return data[:at]
-    return data[:at] + bytes([draw.randrange(256)]) + data[at:][1:]
-
-
-@pytest.mark.parametrize("name", ["own", "marked", "tiny"])
-def test_a_damaged_model_is_refused_in_one_line_or_works_as_in_sentencepiece(
-        models, name, tmp_path, capfd):
-    whole, draw, works = models[name].read_bytes(), random.Random(4), 0
-    path = tmp_path / "tokenizer.model"
+def test_a_damaged_an_empty_a_foreign_and_a_missing_file_are_refused(models, tmp_path, capfd):
     sentencepiece.set_min_log_level(0)  # the default, which the trainer may have changed
-    for _ in range(100):
-        path.write_bytes(damaged(whole, draw))
-        try:
-            ours = Tokenizer(path)
-        except ValueError as error:
-            assert str(error).startswith(f"{path}: not a usable") and str(error).isprintable()
-            continue
-        theirs, works = sentencepiece.SentencePieceProcessor(model_file=str(path)), works + 1
-        for text in [*ODD, " ".join(WORDS), "".join(draw.choices(ours.pieces, k=20))]:
-            assert ours.encode(text, bos=False) == theirs.encode(text)
-            ids = some_ids(ours, draw)
-            assert ours.decode(ids) == theirs.decode(ids)
-    assert 5 < works < 60
+    path, whole = tmp_path / "tokenizer.model", models["own"].read_bytes()
+    for content in (whole[:2000], whole.replace(b"<0x41>", b"<0x\n1>"), b"", b'{"model": 1}'):
+        path.write_bytes(content)
+        refused(path)
+    path.unlink()
+    refused(path, "No such file")
     assert capfd.readouterr().err == ""

@@ -101,7 +101,7 @@ def test_a_full_cache_is_refused_before_anything_is_stored():
     pair = Pair(1, 4)
     pair.call(random_tokens(1, 3), [3])
     pair.call(random_tokens(1, 1), [1])
-    with pytest.raises(ValueError, match="room"):
+    with pytest.raises(ValueError, match="more than its"):
         pair.read(random_tokens(1, 1), torch.tensor([1]))
     assert pair.caches[1].positions.tolist() == [[0, 1, 2, 3]]
 
@@ -150,7 +150,7 @@ def test_all_experts_on_all_tokens_equal_the_loop(E, data, rows, S):
     x = torch.randn(rows, S, 16, dtype=torch.float64, device=DEVICE)
     expected = plain.model.layers[0].block_sparse_moe(x)
     moe = fast.model.layers[0].block_sparse_moe
-    assert type(moe) is cuda.AllExperts
+    assert type(moe) is cuda.MergedMoE
     assert relative_error(moe(x), expected) < 1e-12
 
 
@@ -183,10 +183,51 @@ def test_an_expert_that_was_not_chosen_cannot_spoil_the_sum():
 def test_experts_in_4_bits_run_on_all_tokens_too():
     changes = {"group_size": 16, "hidden_size": 32, "intermediate_size": 16}
     pair = Pair(3, 20, **changes)
-    assert type(pair.models[1].model.layers[0].block_sparse_moe) is cuda.AllExperts
+    assert type(pair.models[1].model.layers[0].block_sparse_moe) is cuda.MergedMoE
     pair.call(random_tokens(3, 4), [4, 2, 1])
     for lengths in ([1, 1, 1], [0, 1, 1], [0, 0, 1]):
         pair.call(random_tokens(3, 1), lengths)
+
+
+@pytest.mark.parametrize("A, changes", [
+    (1, {}), (2, {}), (4, {}), (2, {"group_size": 16, "hidden_size": 32, "intermediate_size": 16})])
+def test_many_tokens_run_on_their_own_experts_in_groups(A, changes):
+    """In float32, because the grouped product takes no float64; some experts get no token."""
+    plain, fast = model_pair(num_experts_per_tok=A, num_hidden_layers=1, **changes)
+    x = torch.randn(2, 90, plain.config.hidden_size, device=DEVICE)
+    x[..., 0] = 9
+    moe = fast.float().model.layers[0].block_sparse_moe
+    moe.w13, moe.w2 = ([part.float() if part.is_floating_point() else part for part in merged]
+                       for merged in (moe.w13, moe.w2))
+    for model in plain, fast:
+        model.model.layers[0].block_sparse_moe.gate.weight[1, 0] = -9  # expert 1 is the last choice
+    moe.sorts, loop = True, plain.float().model.layers[0].block_sparse_moe
+    if A == 4:
+        assert len(x[0]) * 2 > cuda.FEW_TOKENS
+    assert relative_error(moe(x).double(), loop(x).double()) < 1e-5
+
+
+@settings(max_examples=30, deadline=None)
+@given(calls=st.lists(st.lists(st.integers(1, 6), min_size=2, max_size=2), min_size=1, max_size=4),
+       window=st.sampled_from([None, 4, 40]), chunk=st.sampled_from([2, 64]))
+def test_prompts_equal_mixtral_whether_or_not_their_mask_is_causal(calls, window, chunk):
+    """Ragged rows, calls after others and wraps of a rolling buffer."""
+    pair = Pair(2, 40, chunk=chunk, sliding_window=window)
+    for lengths in calls:
+        pair.call(random_tokens(2, max(lengths)), lengths)
+
+
+def test_a_prompt_is_causal_until_rows_differ_or_a_key_leaves_the_window():
+    model = small_model(DEVICE, torch.float64, sliding_window=12)
+    cache, lengths = model.new_cache(2, 40, 64), torch.tensor([5, 5])
+    found = []
+    for _ in range(3):
+        found.append(cuda.is_causal(model, cache, lengths))
+        model(random_tokens(2, 5), cache, lengths)
+    assert found == [True, True, False]
+    cache = model.new_cache(2, 40, 64)
+    model(random_tokens(2, 5), cache, torch.tensor([5, 4]))
+    assert not cuda.is_causal(model, cache, torch.tensor([1, 2]))
 
 
 # ---------------------------------------------------------------- the prepared model
@@ -226,7 +267,7 @@ def test_attention_in_parts_equals_attend(B, S, T, K, ratio, size):
     mask[..., T - 1] = True  # every query sees a key
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "MASK_SIZE", size)
-        assert relative_error(cuda.attend(q, k, v, mask), attend(q, k, v, mask)) < 1e-12
+        assert relative_error(cuda.attend_masked(q, k, v, mask), attend(q, k, v, mask)) < 1e-12
 
 
 def test_the_mask_of_a_long_prompt_stays_small(monkeypatch):
@@ -235,7 +276,7 @@ def test_the_mask_of_a_long_prompt_stays_small(monkeypatch):
     monkeypatch.setattr(cuda.F, "scaled_dot_product_attention",
                         lambda q, k, v, mask: sizes.append(mask.numel()) or product(q, k, v, mask))
     q, k, mask = torch.ones(2, 30, 6, 4), torch.ones(2, 7, 2, 4), torch.ones(2, 1, 30, 7) > 0
-    cuda.attend(q, k, k, mask)
+    cuda.attend_masked(q, k, k, mask)
     assert len(sizes) == 15 and max(sizes) <= 100
 
 

@@ -184,7 +184,7 @@ def test_attend_sees_the_slots_in_the_window_and_no_others(H, K, d, C, W, dtype)
     positions[60] = now + 5
     q, (keys, values) = randn(1, 1, H, d, dtype=dtype), randn(2, 1, C, K, d, dtype=dtype)
     mask = visible(torch.tensor([[now]], device=DEVICE), positions[None], W)[:, None]
-    expected = cuda.attend(q, keys, values, mask)[0, 0]
+    expected = cuda.attend_masked(q, keys, values, mask)[0, 0]
     hidden = ~mask[0, 0, 0]
     keys[0, hidden], values[0, hidden] = float("nan"), float("nan")
     at = torch.tensor([now], device=DEVICE)

@@ -12,7 +12,7 @@ from reference import axes, word
 from safetensors import SafetensorError, safe_open
 from steps import Trace, parse
 
-from mixtral import read_weights, weight_files
+from mixtral import read_weights
 
 JUMP = 16
 NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
@@ -41,7 +41,7 @@ def read_trace(path, model, chunk):
                                 f"got format {found[0]}, version {found[1]}")
     weights = {n: tensors.pop(n) for n in list(tensors) if n.endswith(".weight")}
     try:
-        weights = read_weights(weight_files(model)) if model else weights
+        weights = read_weights(model) if model else weights
     except ValueError as error:
         raise IncomparableError(str(error)) from None
     B, S = tensors["tokens"].shape

@@ -78,6 +78,7 @@ def real_part(name, x, lengths, tokens):
     return rows[real]
 
 
+@pytest.mark.claim
 @pytest.mark.parametrize("case", CASES)
 def test_the_architecture_gives_every_golden_number(case):
     metadata, weights, tensors = read(golden.HERE / f"{case}.safetensors")

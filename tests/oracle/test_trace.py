@@ -156,17 +156,19 @@ def test_recording_changes_no_bit_of_the_output_and_ends_with_its_block(dtype):
     assert sum(map(len, seen.values())) == recorded
     assert (mixtral.route, mixtral.rotate) == functions
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all("attend" not in vars(layer.self_attn) for layer in model.model.layers)
 
 
 def test_an_error_inside_the_block_leaves_the_model_as_it_was():
     model, functions = random_model(), (mixtral.route, mixtral.rotate)
-    with pytest.raises(ValueError, match="tokens must be in"), trace.recording(model):
+    with pytest.raises(IndexError), trace.recording(model):
         model(torch.tensor([[1, 99]]))
     model.model.layers[1].self_attn.o_proj.forward = None
     with pytest.raises(TypeError), trace.recording(model):  # in the middle of a pass
         model(torch.tensor([[1, 2]]))
     assert (mixtral.route, mixtral.rotate) == functions
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all("attend" not in vars(layer.self_attn) for layer in model.model.layers)
 
 
 def test_another_model_inside_the_block_is_not_recorded():
@@ -304,7 +306,8 @@ def test_what_cannot_be_traced_is_refused_in_one_line(options, words, tmp_path, 
 
 def test_ids_outside_the_vocabulary_are_refused_in_one_line(command, capsys):
     assert command("--tokens", "1,2048") == 1
-    assert capsys.readouterr().err == "trace.py: tokens must be in 0 … 2047, got 2048\n"
+    error = capsys.readouterr().err
+    assert "0 … 2047, got 2048" in error and error.count("\n") == 1
     assert not os.listdir()
 
 

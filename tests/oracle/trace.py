@@ -8,8 +8,8 @@ name of the module and one more word, as `model.layers.0.self_attn.q_rotated`. T
 tests/reference.py lists them all.
 
 The model is the plain one of `Mixtral.from_pretrained`. Its code contains nothing for tracing: all
-quantities come from hooks and from two functions of mixtral.py, `route` and `rotate`, which are
-replaced while the recording lasts.
+quantities come from hooks, and from the functions `route`, `rotate` and `attend` of mixtral.py,
+which are replaced while the recording lasts.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
@@ -35,7 +35,7 @@ from reference import axes
 
 import mixtral
 from convert import check_output, write_safetensors
-from generate import DTYPES, TINY
+from generate import DTYPES, TINY, pad
 from mixtral import Attention, Block, Mixtral, SparseMoE, at_least_float32
 from tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ class Recorder:
     def __init__(self, scores, only):
         self.scores, self.only, self.seen = scores, only, {}
         self.running = None  # the name of the Attention or SparseMoE that runs now
-        self.rotated, self.keys, self.mask = [], None, None  # of the Attention that runs now
+        self.rotated = []  # the queries and keys of the Attention that runs now
 
     def keep(self, name, x):
         if self.only is None or name.rpartition(".")[2] in self.only:
@@ -60,17 +60,11 @@ class Recorder:
         parent, _, word = name.rpartition(".")
         if isinstance(module, Attention | SparseMoE):
             self.running, self.rotated = name, []
-        if isinstance(module, Attention):
-            *others, self.mask, remember = args
-            return *others, self.mask, functools.partial(self.remember, remember)
         if word == "o_proj":
             q, _ = self.rotated
-            if self.scores:
-                self.keep_scores(parent, q)
             self.keep(f"{parent}.mixed", args[0].view(q.shape))
         elif word in INPUTS:
             self.keep(f"{parent}.{INPUTS[word]}", args[0])
-        return None
 
     def after(self, name, module, args, output):
         """The hook of every module. Modules that only contain others return nothing new."""
@@ -103,23 +97,21 @@ class Recorder:
             self.keep(f"{self.running}.weights", weights)
         return weights, chosen
 
-    def remember(self, original, k, v):
-        """In place of the function that stores keys and values in the cache."""
-        self.keys, v = original(k, v)
-        return self.keys, v
+    def attend(self, name, original, q, k, v, mask):
+        """In place of Attention.attend; records q·kᵀ/√d and its softmax, in at least float32.
 
-    def keep_scores(self, name, q):
-        """q·kᵀ/√d, −∞ where the mask forbids the key, and its softmax, in at least float32.
-
-        With a cache, T counts its slots, in the order of the slots.
+        Where the mask forbids a key, the score is −∞. With a cache, T counts its used slots, and
+        the keys are in the order of the slots.
         """
-        (B, S, H, d), K = q.shape, self.keys.shape[2]
-        rows = (at_least_float32(q) / math.sqrt(d)).transpose(1, 2).reshape(B, K, -1, d)
-        keys = at_least_float32(self.keys).transpose(1, 2)  # (B, K, T, d)
-        mask = self.mask[:, :, ::H // K]  # (B, 1, S, T)
-        scores = (rows @ keys.mT).view(B, H, S, -1) + mask
-        self.keep(f"{name}.scores", scores)
-        self.keep(f"{name}.probabilities", scores.softmax(dim=-1))
+        if self.scores:
+            (B, S, H, d), K = q.shape, k.shape[2]
+            rows = (at_least_float32(q) / math.sqrt(d)).transpose(1, 2).reshape(B, K, -1, d)
+            keys = at_least_float32(k).transpose(1, 2)  # (B, K, T, d)
+            scores = (rows @ keys.mT).view(B, H, S, -1)  # (B, H, S, T)
+            scores = scores.masked_fill(~mask, -math.inf)  # (B, H, S, T)
+            self.keep(f"{name}.scores", scores)
+            self.keep(f"{name}.probabilities", scores.softmax(dim=-1))
+        return original(q, k, v, mask)
 
 
 @contextlib.contextmanager
@@ -145,6 +137,9 @@ def recording(model, layers=None, scores=False, only=None):
         for name, module in model.named_modules():
             layer = re.match(r"model\.layers\.(\d+)", name)
             if layers is None or not layer or int(layer[1]) in layers:
+                if isinstance(module, Attention):
+                    module.attend = functools.partial(recorder.attend, name, module.attend)
+                    stack.callback(delattr, module, "attend")
                 for register, hook in ((module.register_forward_pre_hook, recorder.before),
                                        (module.register_forward_hook, recorder.after)):
                     stack.callback(register(functools.partial(hook, name)).remove)
@@ -224,10 +219,11 @@ def exit_code(program, run, args):
 
 def run(args):
     check_output(args.output)
-    tokens = args.tokens or Tokenizer(args.model).encode(args.prompt)
-    count = write_trace(load_model(args), torch.tensor([tokens]), args.output, args.layers,
-                        args.scores)
-    print(f"[{count} tensors of {len(tokens)} tokens in {args.output}]", file=sys.stderr)
+    model = load_model(args)
+    ids = args.tokens or Tokenizer(args.model).encode(args.prompt)
+    tokens, _ = pad([ids], model.config.vocab_size, "cpu")
+    count = write_trace(model, tokens, args.output, args.layers, args.scores)
+    print(f"[{count} tensors of {len(ids)} tokens in {args.output}]", file=sys.stderr)
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ from torch import nn
 
 from fast import cuda
 from fast.int4 import Int4Linear, unpack
-from mixtral import Mixtral, MixtralConfig, assign, empty_model
+from mixtral import Mixtral, MixtralConfig, assemble
 from tokenizer import Tokenizer
 
 SMALL = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2,
@@ -94,7 +95,7 @@ def in_float32(model):
             weights[name.removesuffix("_packed")] = unpack(weight, scale)
         elif not name.endswith(("_scale", "_shape")):
             weights[name] = weight.float()
-    return assign(empty_model(model.config, weights), weights)
+    return assemble(model.config, weights)
 
 
 # ------------------------------------------------------------------ the report
@@ -154,11 +155,13 @@ def seconds(device, f, times=5):
 
 
 def measure_rates(report):
+    """The rates of copying and of multiplying, beside which the rest is reported."""
     size, n = (2**32, 8192) if report.args.device == "cuda" else (2**26, 512)
-    x = torch.empty(2, size, dtype=torch.uint8, device=report.args.device).random_()
-    report.copy_rate = 2 * size / seconds(report.args.device, lambda: x[0].copy_(x[1]), 10)
-    a, b = torch.randn(2, n, n, device=report.args.device).bfloat16()
-    report.product_rate = 2 * n**3 / seconds(report.args.device, lambda: a @ b, 10)
+    device = report.args.device
+    x = torch.empty(2, size, dtype=torch.uint8, device=device).random_()
+    report.copy_rate = 2 * size / seconds(device, partial(x[0].copy_, x[1]), 10)
+    a, b = torch.randn(2, n, n, device=device).bfloat16()
+    report.product_rate = 2 * n**3 / seconds(device, partial(torch.matmul, a, b), 10)
     x = a = b = None
     report.add("copy", report.copy_rate / 1e9, "GB/s", note=device_name(report.args.device))
     report.add("bfloat16 product", report.product_rate / 1e12, "TFLOP/s")
@@ -314,8 +317,7 @@ def profile(f):
         torch.cuda.synchronize()
     events = [e for e in profiler.key_averages() if e.self_device_time_total]
     for e in sorted(events, key=lambda e: -e.self_device_time_total)[:12]:
-        milliseconds = e.self_device_time_total / 1e3
-        print(f"    {milliseconds:8.3f} ms {e.count:5d} × {e.key:.80}", flush=True)
+        print(f"    {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} × {e.key:.80}")
 
 
 def prefill(report, model, name, length):
@@ -324,8 +326,8 @@ def prefill(report, model, name, length):
     tokens = torch.randint(3, c.vocab_size, (1, length), device=device)
 
     def run():
-        cache = model.new_cache(1, length, cuda.CHUNK)
-        model(tokens, cache, last_only=True)
+        read = cuda.reader(model, model.new_cache(1, length, cuda.CHUNK))
+        read(tokens, torch.tensor([length]))
 
     taken = seconds(device, run, 1 if length > 10000 else 3)
     weights = c.num_hidden_layers * (

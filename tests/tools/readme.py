@@ -26,6 +26,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "tests/README.md", "tests/oracle/README.md", "tiny/README.md")
+ENVIRONMENT = dict(os.environ)  # a test may change it while an example of a document runs
+PROGRAMS = {"python": f'exec "{sys.executable}" "$@"', "pip": ":",
+            "torchrun": f'exec "{sys.executable}" -m torch.distributed.run "$@"'}
 LINES = r"(?:(?!```).*\n)*"  # up to the end of a block
 BLOCK = re.compile(rf"^```(?:(?P<kind>python)\n(?P<code>{LINES})```\n+```text|console)\n"
                    rf"(?P<body>{LINES})```$", re.M)
@@ -37,15 +40,6 @@ class Example(NamedTuple):
     command: str  # for the shell
     shown: str  # the output, with its line ends
     start: int  # where `shown` begins in the document
-
-
-class Result(NamedTuple):
-    output: str
-    errors: str
-    code: int
-
-
-# ------------------------------------------------------------------ examples and outputs
 
 
 def examples(document):
@@ -74,12 +68,6 @@ def matches(shown, output):
     return re.fullmatch("".join(patterns), output) is not None
 
 
-def holds(example, result):
-    """Whether a result is the shown one. A command that fails must show what it prints."""
-    literal = [line for line in example.shown.splitlines() if line != "…"]
-    return matches(example.shown, result.output) and (result.code == 0 or bool(literal))
-
-
 def shortened(shown, output):
     """The new output, with … in the places where the shown one has it."""
     old, new = shown.splitlines(), output.splitlines()
@@ -93,63 +81,51 @@ def shortened(shown, output):
     return "".join(f"{line}\n" for line in new)
 
 
-# ------------------------------------------------------------------ running
-
-
 def copy_repository(directory):
     """Copy the program files, the tests and the embedded checkpoint to a directory."""
-    directory.mkdir(exist_ok=True)
     for pattern in ("*.py", "*.md", "*.txt", "*.toml"):
         for path in ROOT.glob(pattern):
             shutil.copy2(path, directory)
-    for name in ("tests", "tiny"):
-        shutil.copytree(ROOT / name, directory / name,
-                        ignore=shutil.ignore_patterns(".*", "__pycache__", "state.p*"))
+    for name in ("tests", "tiny", "fast"):
+        if (ROOT / name).exists():
+            shutil.copytree(ROOT / name, directory / name,
+                            ignore=shutil.ignore_patterns(".*", "__pycache__", "state.p*"))
     return directory
 
 
 def workplace(directory):
     """A copy of the repository, with the programs that the documents call in `bin`."""
-    copy_repository(directory)
-    (directory / "bin").mkdir()
-    for name, body in (("python", f'exec "{sys.executable}" "$@"'), ("pip", ":"),
-                       ("torchrun", f'exec "{sys.executable}" -m torch.distributed.run "$@"')):
+    (copy_repository(directory) / "bin").mkdir()
+    for name, body in PROGRAMS.items():
         (directory / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (directory / "bin" / name).chmod(0o755)
     return directory
 
 
-ENVIRONMENT = dict(os.environ)  # a test may change it while an example of a document runs
+def run(place, example):
+    """Run an example in a workplace; the first that names RAW finds it there.
 
-
-def execute(place, command):
+    Returns its output. Raises ValueError if it fails, unless it prints and its output is shown.
+    """
+    command = example.command
+    if re.search(r"\bRAW\b", command) and not (place / "RAW").exists():
+        command = f"python convert.py --input_dir tiny --output_dir RAW --to mistral >&2\n{command}"
     path = f"{place / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}"
     done = subprocess.run(command, shell=True, cwd=place, capture_output=True, encoding="utf-8",
                           timeout=300, env={**ENVIRONMENT, "PATH": path, "NO_COLOR": "1"})
-    output = done.stdout + "\n" * (not done.stdout.endswith("\n") and done.stdout != "")
-    return Result(output, done.stderr, done.returncode)
-
-
-def run(place, command):
-    """Run a command in a workplace; the first that names RAW finds it there."""
-    if re.search(r"\bRAW\b", command) and not (place / "RAW").exists():
-        made = execute(place, "python convert.py --input_dir tiny --output_dir RAW --to mistral")
-        if made.code:
-            raise ValueError(f"convert.py could not make RAW: {made.errors}")
-    return execute(place, command)
+    if done.returncode and not (done.stdout and example.shown.strip("…\n")):
+        raise ValueError(f"line {example.line}: {example.command}\n{done.stderr}")
+    return done.stdout + "\n" * (not done.stdout.endswith("\n") and done.stdout != "")
 
 
 def refreshed(document, place):
     """The text of a document with the outputs that its examples print now."""
     parts, end = [], 0
     for example in examples(document):
-        result, shown = run(place, example.command), example.shown
-        if not holds(example, result):
-            shown = shortened(shown, result.output)
-            if result.code and (shown == example.shown or not result.output):
-                raise ValueError(f"line {example.line}: {example.command}\n{result.errors}")
-        parts += [document[end:example.start], shown]
-        end = example.start + len(example.shown)
+        output, shown = run(place, example), example.shown
+        parts += [document[end:example.start],
+                  shown if matches(shown, output) else shortened(shown, output)]
+        end = example.start + len(shown)
     return "".join(parts) + document[end:]
 
 

@@ -111,11 +111,9 @@ class Ours(Language):
     def prepare(self, root):
         sys.path.insert(0, str(root))
         import generate
-        from mixtral import Mixtral
 
         self.generate = generate.generate
-        tune = getattr(generate, "tune", lambda model: model)
-        return lambda directory, dtype: tune(Mixtral.from_pretrained(directory, dtype))
+        return lambda directory, dtype: generate.load(directory, dtype)[1]
 
     def write(self, tokens, new):
         self.generate(self.model, tokens.tolist(), new)
@@ -156,9 +154,9 @@ class Quality:
         sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
         import train
 
-        import convert
+        from fast import int4
 
-        self.convert, self.train = convert, train
+        self.int4, self.train = int4, train
         self.stories = train.documents(path, "<|endoftext|>")
 
     def bits_per_byte(self, G=None, best=True):
@@ -169,8 +167,8 @@ class Quality:
         model = Mixtral.from_pretrained(ROOT / "tiny", torch.bfloat16)
         for name, weight in model.named_parameters():
             if G and ".experts." in name:
-                divisors = self.convert.DIVISORS if best else [7.5]
-                q, scale = self.convert.quantise(weight.float(), G, torch.bfloat16, divisors)
+                divisors = self.int4.DIVISORS if best else [7.5]
+                q, scale = self.int4.quantise(weight.float(), G, torch.bfloat16, divisors)
                 q = q.unflatten(1, (-1, G)).to(torch.bfloat16)
                 weight.data = (q * scale[:, :, None]).flatten(1)
         return self.train.evaluate(model, Tokenizer(ROOT / "tiny"), self.stories)[0]

@@ -1,0 +1,449 @@
+"""Claims about 4-bit weights: what is written, what it costs, and what others make of it."""
+
+import doctest
+import re
+import shutil
+
+import pytest
+
+int4 = pytest.importorskip("fast.int4")
+
+import layouts
+import torch
+from conftest import random_model, save
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from int4_checkpoints import change_config, dequantised, dequantised_model, load, save_int4
+from layouts import LAYOUTS, interleaved, mistral_tensors
+from test_convert import TOKENS, contents, growth, large_model, loaded, refused, run, same
+from torch.nn.functional import linear
+
+import fast
+from convert import write_safetensors
+from fast.int4 import Int4Linear, TunedInt4Linear, pack, quantise, repack, scheme_of, unpack
+from mixtral import Mixtral, read_json, read_weights
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16,
+         "num_local_experts": 3}
+INT4 = ("--dtype", "int4", "--group-size", "32")
+W1 = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+
+def small_model(dtype=torch.bfloat16, **changes):
+    return random_model(dtype=dtype, **SIZES | changes)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A 4-bit checkpoint that convert.py wrote, in groups of 32. Tests must not change it."""
+    place = tmp_path_factory.mktemp("int4")
+    assert run(save(small_model(), place / "whole"), place / "int4", *INT4) == 0
+    return place / "int4"
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "source")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+# ------------------------------------------------------------------ words
+
+
+def test_a_word_packed_by_hand():
+    """The first number is in the lowest four bits, and u = q + 8 is stored."""
+    q = torch.tensor([[7, -8, 0, 1, -1, 2, -2, -5]])
+    words = torch.tensor([[0x36A7980F]], dtype=torch.int32)  # u is f, 0, 8, 9, 7, a, 6, 3
+    assert pack(q).dtype == torch.int32 and torch.equal(pack(q), words)
+    assert unpack(words, torch.ones(1, 1)).tolist() == q.tolist()
+    assert pack(torch.full((1, 8), 7)).item() == -1  # the bits of 0xFFFFFFFF with a sign
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**32),
+       st.sampled_from([torch.float64, torch.bfloat16]))
+def test_unpacked_weights_are_the_packed_integers_times_the_scales_of_their_groups(
+        M, words, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(-8, 8, (M, 8 * words), generator=generator)
+    for G in (8, 8 * words):
+        scale = torch.randn(M, 8 * words // G, generator=generator).to(dtype)
+        exact = q * scale.double().repeat_interleave(G, dim=1)
+        assert torch.equal(unpack(pack(q), scale), exact.to(dtype))
+        assert torch.equal(torch.cat([*int4.unpacked_exactly(pack(q), scale)]), exact)
+
+
+def test_a_4_bit_layer_is_an_explicit_loop():
+    torch.manual_seed(0)
+    M, D, G = 3, 48, 16
+    q, scale = torch.randint(-8, 8, (M, D)), torch.rand(M, D // G).double()
+    layer = Int4Linear(D, M, G)
+    layer.weight_packed, layer.weight_scale = pack(q), scale
+    x = torch.randn(2, 5, D).double()
+    wanted = torch.zeros(2, 5, M).double()
+    for b in range(2):
+        for n in range(5):
+            for r in range(M):
+                for c in range(D):
+                    wanted[b, n, r] += q[r, c] * scale[r, c // G] * x[b, n, c]
+    assert (layer(x) - wanted).abs().max() < 1e-12
+
+
+@pytest.mark.claim
+def test_float64_logits_are_those_of_the_weights_that_the_words_stand_for(checkpoint):
+    model, plain = load(checkpoint, torch.float64), dequantised_model(checkpoint)
+    kinds = [type(layer) for layer in model.modules()]
+    assert kinds.count(Int4Linear) == 2 * 3 * SIZES["num_local_experts"]
+    tokens = torch.arange(34).view(2, 17)
+    wanted = plain(tokens)
+    assert (model(tokens) - wanted).abs().max() < 1e-12
+    cache = model.new_cache(2, 17, chunk=4)
+    got = torch.cat([model(tokens[:, a:b], cache) for a, b in ((0, 9), (9, 10), (10, 17))], 1)
+    assert (got - wanted).abs().max() < 1e-12
+
+
+def test_the_examples_in_docstrings_hold():
+    assert doctest.testmod(int4) == (0, 2)
+
+
+# ------------------------------------------------------------------ quantising
+
+
+def round_by_hand(row, G, dtype, divisors):
+    """The integers and scales of one row, one number at a time."""
+    qs, scales = [], []
+    for at in range(0, len(row), G):
+        group, found = row[at:at + G], []
+        for c in divisors:
+            s = torch.tensor(max(map(abs, group)) / c).to(dtype).double().item() or 1.0
+            q = [min(7, max(-8, round(w / s))) for w in group]
+            found.append((sum((w - n * s) ** 2 for w, n in zip(group, q, strict=True)), s, q))
+        error, s, q = min(found, key=lambda candidate: candidate[0])
+        qs += q
+        scales.append(s)
+    return qs, scales
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([8, 16, 32]), st.sampled_from(
+    [torch.bfloat16, torch.float16]), st.sampled_from([1e-3, 1.0, 50.0]))
+def test_quantising_is_a_loop_over_groups_and_scales(seed, G, dtype, size):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 32, generator=generator).double().pow(3) * size
+    weight[1, :G] = 0
+    q, scale = quantise(weight, G, dtype)
+    assert scale.dtype == dtype and scale.shape == (3, 32 // G)
+    for row, got, scales in zip(weight.tolist(), q.tolist(), scale.tolist(), strict=True):
+        assert (got, scales) == round_by_hand(row, G, dtype, int4.DIVISORS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([8, 64]), st.sampled_from([1, 3, 7]))
+def test_a_weight_is_off_by_half_a_scale_and_the_best_scale_is_never_worse(seed, G, power):
+    generator = torch.Generator().manual_seed(seed)
+    weight, errors = torch.randn(4, 64, generator=generator).pow(power), {}
+    for name, divisors in (("best", int4.DIVISORS), ("plain", [7.5]), ("unclipped", [7])):
+        q, scale = quantise(weight, G, torch.bfloat16, divisors)
+        assert q.min() >= -8 and q.max() <= 7 and torch.equal(q, q.round())
+        wide = scale.float().repeat_interleave(G, dim=1)
+        error = (weight - q * wide).abs()
+        inside = (weight / wide > -8.5) & (weight / wide < 7.5)
+        assert (error <= wide * 0.500001)[inside].all()
+        errors[name] = error.double().square().unflatten(1, (-1, G)).sum(dim=-1)
+        assert inside.all() or name != "unclipped"
+    assert (errors["best"] <= errors["plain"] * (1 + 1e-5)).all()
+    assert 7.5 in int4.DIVISORS
+
+
+@pytest.mark.parametrize("source, rest", [
+    (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16), (torch.float64, torch.bfloat16)])
+def test_experts_are_quantised_in_float32_and_the_rest_gets_16_bits(
+        source, rest, tmp_path, out, capsys, monkeypatch):
+    monkeypatch.setattr(int4, "PIECE", 256)  # several pieces of each matrix
+    model = small_model(source)
+    assert run(save(model, tmp_path / "raw"), out, *INT4) == 0
+    tensors, told = loaded(out), capsys.readouterr().out
+    assert ("outside the experts are rounded to torch.bfloat16" in told) == (source != rest)
+    wanted = {}
+    for name, weight in model.state_dict().items():
+        if ".experts." not in name:
+            wanted[name] = weight.to(rest)
+            continue
+        q, scale = quantise(weight.float(), 32, rest)
+        wanted |= {f"{name}_packed": pack(q), f"{name}_scale": scale,
+                   f"{name}_shape": torch.tensor(weight.shape)}
+    assert same(tensors, wanted)
+    assert all(tensors[name].dtype == tensor.dtype for name, tensor in wanted.items())
+    raw = read_json(out / "config.json")
+    assert raw["quantization_config"] == scheme_of(32) and raw["torch_dtype"] == str(rest)[6:]
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_every_layout_gives_the_same_4_bit_checkpoint(write, checkpoint, tmp_path, out):
+    """In small files, in which the words and scales of a matrix can be in different ones."""
+    assert run(write(small_model(), tmp_path / "a"), out, *INT4, "--max-shard-size", "0.003MB") == 0
+    assert len(contents(out)) > 20 and same(loaded(out), loaded(checkpoint))
+
+
+def test_the_error_of_each_layer_is_reported(tmp_path, out, capsys, monkeypatch):
+    monkeypatch.setattr(int4, "PIECE", 256)
+    model = small_model()
+    model.get_parameter(W1).mul_(30)
+    assert run(save(model, tmp_path / "raw"), out, *INT4) == 0
+    told, after = capsys.readouterr().out, dequantised(out)
+    for layer in range(2):
+        pairs = [(weight.double(), after[name]) for name, weight in model.state_dict().items()
+                 if f"layers.{layer}." in name and ".experts." in name]
+        error, size = (sum(part.square().sum() for part in parts)
+                       for parts in ([a - b for a, b in pairs], [a for a, _ in pairs]))
+        percent = 100 * (error / size).sqrt()
+        assert 5 < percent < 15
+        assert re.search(f"layer {layer}: relative error .* = {percent:.2f} %\n", told)
+
+
+def test_a_group_size_that_does_not_divide_the_widths_is_refused_naming_those_that_do(
+        tmp_path, out, capsys):
+    source = save(random_model(dtype=torch.bfloat16, hidden_size=256, intermediate_size=192,
+                               num_hidden_layers=1, num_local_experts=2), tmp_path / "raw")
+    for G in ([], ["--group-size", "256"], ["--group-size", "24"], ["--group-size", "0"]):
+        refused("can be 32 or 64 here", capsys, source, out, "--dtype", "int4", *G)
+    refused("can be nothing here", capsys,
+            save(random_model(dtype=torch.bfloat16), tmp_path / "odd"), out, *INT4)
+    assert contents(tmp_path) == ["odd", "raw"]
+
+
+@pytest.mark.parametrize("number, dtype", [
+    (float("nan"), "bfloat16"), (float("-inf"), "bfloat16"), (float("inf"), "float16"),
+    (float("nan"), "float32")])
+def test_weights_that_have_no_scale_are_refused(number, dtype, tmp_path, out, capsys):
+    model = small_model(getattr(torch, dtype))
+    model.get_parameter(W1)[0, 3] = number
+    refused(W1, capsys, save(model, tmp_path / "raw"), out, *INT4)
+    assert contents(tmp_path) == ["raw"]
+
+
+def test_memory_holds_one_matrix_and_not_the_checkpoint(tmp_path, out):
+    source, codes = layouts.mistral_fused(large_model(), tmp_path / "raw"), []
+    grown = growth(lambda: codes.append(run(source, out, "--dtype", "int4")))
+    back = growth(lambda: codes.append(run(out, tmp_path / "back", "--dtype", "float32")))
+    assert codes == [0, 0] and max(grown, back) < 20_000, (grown, back)
+    assert read_json(out / "config.json")["quantization_config"] == scheme_of(128)  # the default
+
+
+# ------------------------------------------------------------------ converting 4-bit checkpoints
+
+
+def test_without_a_dtype_a_4_bit_checkpoint_is_copied_bit_by_bit(checkpoint, out):
+    assert run(checkpoint, out, "--max-shard-size", "0.003MB") == 0
+    assert same(loaded(out), loaded(checkpoint)) and len(contents(out)) > 20
+    assert read_json(out / "config.json") == read_json(checkpoint / "config.json")
+
+
+def test_4_bits_are_not_rounded_to_4_bits_again_and_do_not_fit_mistral(checkpoint, out, capsys):
+    refused("4-bit weights already", capsys, checkpoint, out, *INT4)
+    refused("add --dtype", capsys, checkpoint, out, "--to", "mistral")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_4_bit_checkpoint_converts_back_to_the_rounded_weights(
+        dtype, checkpoint, out, tmp_path, monkeypatch):
+    monkeypatch.setattr(int4, "PIECE", 256)
+    assert run(checkpoint, out, "--dtype", str(dtype)[6:]) == 0
+    exact = {name: weight.to(dtype) for name, weight in dequantised(checkpoint).items()}
+    assert same(loaded(out), exact)
+    model = Mixtral.from_pretrained(out)
+    assert "quantization_config" not in read_json(out / "config.json")
+    assert run(checkpoint, tmp_path / "mistral", "--dtype", str(dtype)[6:], "--to", "mistral") == 0
+    assert same(loaded(tmp_path / "mistral"), mistral_tensors(model))
+
+
+def test_a_scale_that_is_too_large_for_the_dtype_is_refused(copied, out, capsys):
+    tensors = loaded(copied)
+    tensors[f"{W1}_scale"][5, 1] = 1e5
+    write_safetensors(copied / "model.safetensors", tensors)
+    refused(W1, capsys, copied, out, "--dtype", "float16")
+    assert run(copied, out, "--dtype", "bfloat16") == 0
+
+
+def test_any_layers_can_have_4_bits(tmp_path, out):
+    """Here q_proj has 4 bits too, and one expert's matrix has not."""
+    source = save_int4(small_model(), tmp_path / "source", 32)
+    tensors, q_proj = loaded(source), "model.layers.0.self_attn.q_proj.weight"
+    weight = tensors.pop(q_proj)
+    q, scale = quantise(weight.float(), 16, torch.bfloat16)
+    tensors |= {f"{q_proj}_packed": pack(q), f"{q_proj}_scale": scale,
+                f"{q_proj}_shape": torch.tensor(weight.shape)}
+    tensors[W1] = dequantised(source)[W1].bfloat16()
+    for end in ("_packed", "_scale", "_shape"):
+        del tensors[W1 + end]
+    write_safetensors(source / "model.safetensors", tensors)
+    model, plain = load(source, torch.float64), dequantised_model(source)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, Int4Linear)
+    assert (model(TOKENS) - plain(TOKENS)).abs().max() < 1e-12
+    assert run(source, out) == 0 and same(loaded(out), tensors)
+    assert run(source, tmp_path / "mistral", "--to", "mistral", "--dtype", "float64") == 0
+    assert torch.equal(loaded(tmp_path / "mistral")["layers.0.attention.wq.weight"],
+                       interleaved(plain.get_parameter(q_proj), 4))
+
+
+# ------------------------------------------------------------------ the fast layer
+
+
+@pytest.mark.parametrize("M, D, G", [(16, 64, 32), (48, 128, 64), (32, 256, 256)])
+def test_the_tuned_layer_is_the_plain_one_but_for_rounding(M, D, G):
+    torch.manual_seed(0)
+    q, scale = torch.randint(-8, 8, (M, D)), (torch.rand(M, D // G) + 0.1).bfloat16()
+    layer = Int4Linear(D, M, G)
+    layer.weight_packed, layer.weight_scale = pack(q), scale
+    tuned, exact = TunedInt4Linear(layer), q.double() * scale.double().repeat_interleave(G, dim=1)
+    x = torch.randn(300, D).bfloat16()
+    for rows in [*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256, 257, 300]:
+        wanted = linear(x[:rows].double(), exact)
+        bound = linear(x[:rows].double().abs(), exact.abs())
+        for y in (tuned(x[:rows]), layer(x[:rows])):
+            assert y.dtype == torch.bfloat16 and y.shape == (rows, M)
+            assert ((y.double() - wanted).abs() <= bound * 2**-8 + wanted.abs() * 2**-8).all()
+    assert tuned(x.view(3, 100, D)).shape == (3, 100, M)
+    assert torch.equal(tuned(x.mT.contiguous().mT), tuned(x))  # any memory layout
+
+
+@pytest.mark.parametrize("M, D, G, dtype, fits", [
+    (48, 128, 32, torch.bfloat16, True), (48, 128, 128, torch.bfloat16, True),
+    (48, 128, 16, torch.bfloat16, False), (40, 128, 32, torch.bfloat16, False),
+    (48, 128, 32, torch.float32, False)])
+def test_the_kernel_takes_bfloat16_and_some_sizes(M, D, G, dtype, fits):
+    layer = Int4Linear(D, M, G)
+    layer.weight_scale = layer.weight_scale.to(dtype)
+    assert TunedInt4Linear.fits(layer) == fits
+
+
+def test_a_repacked_model_gives_the_plain_logits_and_no_weight_stays_mapped(checkpoint):
+    model = load(checkpoint)
+    wanted, mapped = model(TOKENS), model.lm_head.weight.data_ptr()
+    repack(model)
+    kinds = [type(layer) for layer in model.modules()]
+    assert Int4Linear not in kinds and kinds.count(TunedInt4Linear) == 18
+    assert model.lm_head.weight.data_ptr() != mapped
+    assert (model(TOKENS) - wanted).abs().max() < 2**-4 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_in_other_dtypes_the_plain_layer_is_kept(dtype, checkpoint):
+    raw = read_json(checkpoint / "config.json")
+    model = fast.build(raw, read_weights(checkpoint), dtype, "cpu")
+    wanted = load(checkpoint, dtype)(TOKENS)
+    assert sum(type(layer) is Int4Linear for layer in model.modules()) == 18
+    assert (model(TOKENS) - wanted).abs().max() < 50 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+# ------------------------------------------------------------------ other programs
+
+
+def test_transformers_loads_the_output_and_gives_the_same_logits(checkpoint, tmp_path):
+    """transformers rounds q · scale to the dtype of the scales, as `--dtype bfloat16` does.
+
+    It also keeps these weights in that dtype, whatever dtype is asked for, so they are widened.
+    """
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("accelerate")
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert run(checkpoint, tmp_path / "back", "--dtype", "bfloat16") == 0
+    with torch.inference_mode():
+        theirs = torch.nn.Module.float(peer)(TOKENS).logits  # its own float() refuses
+        ours = Mixtral.from_pretrained(tmp_path / "back", torch.float32)(TOKENS)
+    assert (theirs - ours).abs().max() < 1e-4
+
+
+def compress(model, directory):
+    """Write a model with the compressor of compressed-tensors. Returns its logits for TOKENS."""
+    from compressed_tensors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+    save(model, directory)
+    scheme = {key: value for key, value in scheme_of(32).items() if key != "quantization_status"}
+    apply_quantization_config(model, QuantizationConfig(**scheme))
+    for layer in model.modules():
+        if hasattr(layer, "quantization_scheme"):
+            groups = layer.weight.unflatten(1, (-1, 32))
+            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1),
+                                         layer.quantization_scheme.weights)
+            layer.weight_scale.data.copy_(scale)
+    logits = model(TOKENS)  # it rounds the weights in each call
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    compressor.update_config(directory)
+    write_safetensors(directory / "model.safetensors", model.state_dict())
+    return logits
+
+
+def test_a_checkpoint_of_the_compressor_of_compressed_tensors_gives_its_logits(tmp_path, out):
+    """transformers also reads our copy of it. The scales are float32, so nothing is rounded."""
+    pytest.importorskip("compressed_tensors")
+    with torch.inference_mode():
+        theirs = compress(small_model(torch.float32), tmp_path / "theirs")
+    assert run(tmp_path / "theirs", out) == 0
+    for place in (tmp_path / "theirs", out):
+        assert (load(place)(TOKENS) - theirs).abs().max() < 1e-5
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with torch.inference_mode():
+        assert (peer(TOKENS).logits - theirs).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------ refusals
+
+GROUP, WEIGHTS = "config_groups.group_0", "config_groups.group_0.weights"
+
+
+@pytest.mark.parametrize("path, value", [
+    ("quant_method", "gptq"), ("quant_method", ...), ("format", "int-quantized"),
+    ("config_groups", None), ("config_groups.group_1", {"weights": None}),
+    (f"{WEIGHTS}.type", "float"), (f"{WEIGHTS}.symmetric", False), (f"{WEIGHTS}.actorder", "group"),
+    (f"{GROUP}.input_activations", {"num_bits": 8}), (f"{GROUP}.output_activations", {"a": 1}),
+    ("transform_config", {"R1": {}})])
+def test_other_formats_are_refused_naming_the_field(path, value, copied, out, capsys):
+    change_config(copied, f"quantization_config.{path}", value)
+    field = path.split(".")[0 if value in (None, {"weights": None}) else -1]
+    with pytest.raises(ValueError, match=f"quantization_config: {field}"):
+        load(copied)
+    refused(field, capsys, copied, out)
+
+
+def test_4_bits_that_config_json_does_not_announce_are_refused(copied, out, capsys):
+    change_config(copied, "quantization_config", None)
+    with pytest.raises(ValueError, match="experts"):
+        Mixtral.from_pretrained(copied)
+    refused("experts.0.w1.weight", capsys, copied, out, "--dtype", "float32")
+
+
+@pytest.mark.parametrize("end, change", [
+    ("_packed", lambda x: x[:, :7].contiguous()), ("_packed", lambda x: x[:95]),
+    ("_packed", lambda x: x.flatten()), ("_packed", lambda x: x.float()),
+    ("_packed", lambda x: x.long()), ("_packed", None),
+    ("_scale", lambda x: x[:, :1].repeat(1, 3)), ("_scale", lambda x: x[:95]),
+    ("_scale", lambda x: x.int()), ("_scale", lambda x: x[:, :0]), ("_scale", None),
+    ("_shape", lambda x: x[:1]), ("_shape", None),
+    ("", lambda x: torch.zeros(96, 64).bfloat16()), ("_g_idx", lambda x: torch.zeros(64).int()),
+    ("_zero_point", lambda x: torch.zeros(96, 2).bfloat16())])
+def test_tensors_that_do_not_fit_are_named(end, change, copied, tmp_path, out, capsys):
+    tensors = loaded(copied)
+    old = tensors.pop(W1 + end, None)
+    if change:
+        tensors[W1 + end] = change(old)
+    write_safetensors(copied / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=re.escape(W1.removesuffix(".weight"))) as raised:
+        load(copied)
+    assert "\n" not in str(raised.value)
+    for options in ([], ["--dtype", "float32", "--to", "mistral"]):
+        refused(W1, capsys, copied, out, *options)
+    assert contents(tmp_path) == ["source"]

@@ -1,0 +1,87 @@
+"""Claims about fast/memory.py: what does not fit into memory is refused before it is made."""
+
+import pytest
+
+memory = pytest.importorskip("fast.memory")
+
+import torch
+from conftest import random_model
+
+import fast
+from fast.memory import check_cache, check_weights, free_memory
+
+MEGABYTE = {"weight": torch.zeros(1000, 250), "norm": torch.zeros(0)}
+INT4 = {"weight_packed": torch.zeros(1000, 125, dtype=torch.int32),
+        "weight_scale": torch.zeros(1000, 125), "weight_shape": torch.zeros(0).long()}
+
+
+@pytest.mark.parametrize("weights, free, dtype, device, fits", [
+    (MEGABYTE, 1_000_000, None, "cpu", True), (MEGABYTE, 999_999, None, "cpu", None),
+    (MEGABYTE, 999_999, None, "cpu:0", None), (MEGABYTE, 999_999, torch.float32, "cpu", None),
+    (MEGABYTE, 999_999, None, "cuda", False), (MEGABYTE, 999_999, torch.float32, "cuda", False),
+    (MEGABYTE, 2_000_000, torch.float64, "cpu", True),
+    (MEGABYTE, 1_999_999, torch.float64, "cpu", False),
+    (MEGABYTE, 500_000, torch.bfloat16, "cuda", True),
+    (MEGABYTE, 499_999, torch.bfloat16, "cuda", False),
+    (MEGABYTE, None, torch.float64, "cuda", True),
+    # The 500,000 bytes of packed integers are not converted; the floats become 500,000 or 250,000.
+    (INT4, 999_999, None, "cpu", None), (INT4, 750_000, torch.bfloat16, "cuda", True),
+    (INT4, 749_999, torch.bfloat16, "cuda", False)])
+def test_weights_must_fit_into_the_free_memory_unless_they_stay_on_disk(
+        monkeypatch, capsys, weights, free, dtype, device, fits):
+    """`fits` is None where the weights are mapped: that is slow, so a warning says it."""
+    monkeypatch.setattr(memory, "free_memory", lambda where: free if where == device else -1)
+    if fits is False:
+        with pytest.raises(ValueError, match=r"^[01]\.\d GB of weights, but 0\.0 GB of memory are"):
+            check_weights(weights, dtype, device)
+        return
+    assert check_weights(weights, dtype, device) is bool(fits)
+    told = capsys.readouterr().err
+    assert (told.count("\n") == 1 and "stay on disk" in told) if fits is None else told == ""
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_converted(monkeypatch):
+    model = random_model(dtype=torch.float32)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(fast, "converted", None)  # calling it would be a TypeError
+    with pytest.raises(ValueError, match="GB of weights"):
+        fast.build(vars(model.config), model.state_dict(), torch.float64)
+
+
+@pytest.mark.parametrize("window, rows, length", [(None, 1, 1000), (5, 3, 1000), (5, 1, 10)])
+def test_a_cache_must_fit_into_the_free_memory(monkeypatch, window, rows, length):
+    model = random_model(sliding_window=window)
+    cache = model.new_cache(rows, length, 64)
+    size = cache.keys.nbytes + cache.values.nbytes
+    for free in (None, size):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        check_cache(model, rows, length, 64)
+    monkeypatch.setattr(memory, "free_memory", lambda device: size - 1)
+    with pytest.raises(ValueError, match=f"{rows} rows of {length} tokens need 0.0 GB of cache"):
+        check_cache(model, rows, length, 64)
+
+
+@pytest.mark.parametrize("limit, used, wanted", [
+    (None, None, 5_120_000),  # no control group
+    ("max\n", "1000\n", 5_120_000), ("99000000\n", "1000\n", 5_120_000),
+    ("9000\n", "1000\n", 9000 - (1000 - 300))])  # files in memory can be dropped
+def test_free_memory_is_what_the_system_and_the_control_group_leave(
+        monkeypatch, tmp_path, limit, used, wanted):
+    """And each rank of a machine gets an equal share."""
+    files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n",
+             "sys/fs/cgroup/memory.stat": "anon 7\nfile 9\ninactive_file 300\n",
+             "sys/fs/cgroup/memory.max": limit, "sys/fs/cgroup/memory.current": used}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            (tmp_path / name).write_text(content)
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert free_memory("cpu") == wanted
+    monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
+    assert free_memory("cpu") == wanted // 2
+
+
+def test_free_memory_is_unknown_on_a_system_that_does_not_say(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / "absent")
+    assert free_memory("cpu") is None
