@@ -184,10 +184,13 @@ class Attend:
     def __call__(self, q, k, v, mask):
         if not self.causal:
             return attend_masked(q, k, v, mask)
-        from torch.nn.attention.bias import causal_lower_right  # takes a second, and only once
-        mask = causal_lower_right(q.shape[1], k.shape[1])
+        first, mask = q.shape[1] == k.shape[1], None
+        if not first:  # a later chunk; this import takes more than a second
+            from torch.nn.attention.bias import causal_lower_right
+            mask = causal_lower_right(q.shape[1], k.shape[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, S, d)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=first, enable_gqa=True)  # (B, H, S, d)
         return mixed.transpose(1, 2).flatten(2)
 
 
