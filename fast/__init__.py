@@ -24,7 +24,7 @@ def build(raw, weights, dtype=None, device="cpu"):
         raw, weights = ranks.shard(raw, weights, dist.get_rank(), dist.get_world_size())
     device = memory.choose_device(weights, dtype) if device == "auto" else device
     kind, scheme = torch.device(device).type, raw.get("quantization_config")
-    if kind == "cuda":
+    if torch.device(device).index is not None and kind == "cuda":
         torch.cuda.set_device(device)
     fits = memory.check_weights(weights, dtype, device)
     weights = converted(weights, dtype, device)

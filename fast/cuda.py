@@ -148,7 +148,11 @@ class MergedMoE(SparseMoE):
         experts = torch.arange(len(self.experts), device=choices.device)
         ends = (choices <= experts[:, None]).sum(dim=1, dtype=torch.int32)  # (E)
         inputs = tokens[order // self.top_k]
-        gate, up = F.grouped_mm(inputs, self.stacked(self.w13).mT, offs=ends).chunk(2, dim=1)
+        if len(self.w13) == 1:
+            gate, up = F.grouped_mm(inputs, self.w13[0].mT, offs=ends).chunk(2, dim=1)
+        else:  # w1 in 16 bits is gone before w3 is unpacked
+            gate, up = (F.grouped_mm(inputs, self.stacked(half).mT, offs=ends)
+                        for half in zip(*(part.chunk(2, dim=1) for part in self.w13), strict=True))
         outputs = F.grouped_mm(F.silu(gate) * up, self.stacked(self.w2).mT, offs=ends)
         outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, A, D)
         return (weights[:, :, None] * at_least_float32(outputs)).sum(dim=1)
