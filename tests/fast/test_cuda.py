@@ -280,6 +280,27 @@ def test_the_mask_of_a_long_prompt_stays_small(monkeypatch):
     assert len(sizes) == 15 and max(sizes) <= 100
 
 
+def test_a_plain_prompt_takes_no_mask_and_one_that_leaves_the_window_takes_one(monkeypatch):
+    masked, product = [], cuda.attend_masked
+    monkeypatch.setattr(cuda, "attend_masked", lambda *args: masked.append(1) or product(*args))
+    for window, length, masks in (None, 9, 0), (9, 9, 0), (8, 9, 2):  # one for each layer
+        pair = Pair(1, 20, chunk=9, sliding_window=window)
+        masked.clear()
+        pair.call(random_tokens(1, length), [length])
+        assert len(masked) == masks
+
+
+def test_a_hook_on_a_router_sees_every_step():
+    """generate.py --experts has one. A graph would replay the kernels without it."""
+    _, fast = model_pair()
+    seen, cache = [], fast.new_cache(1, 9)
+    fast.model.layers[1].block_sparse_moe.gate.register_forward_hook(lambda *_: seen.append(1))
+    read = cuda.reader(fast, cache)
+    for _ in range(4):
+        read(random_tokens(1, 1), torch.tensor([1]))
+    assert len(seen) == 4 and not hasattr(cache, "step")
+
+
 def test_layers_that_are_not_alike_stay_as_they_are():
     """One expert in 4 bits beside others in 16: the loop of mixtral.py, without a graph."""
     torch.manual_seed(0)

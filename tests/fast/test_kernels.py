@@ -132,11 +132,15 @@ def test_other_models_take_the_batch_path(with_kernels, change):
     layer = model.model.layers[1]
     if change == "attention":
         layer.self_attn.o_proj = copy.deepcopy(layer.block_sparse_moe.experts[0].w1)
-        layer.self_attn.o_proj.weight_packed = layer.self_attn.o_proj.weight_packed[:, :3]
     if change == "one layer":
         other = small_model(DEVICE, torch.float32, **sizes | {"group_size": None})
         layer.block_sparse_moe = other.model.layers[1].block_sparse_moe
     assert cuda.chosen_kernels(cuda.prepare(model)) == (None, None)
+
+
+def test_weights_in_float64_are_not_unpacked_in_float32(with_kernels):
+    assert cuda.unpacker(torch.device(DEVICE), torch.float64) is unpack
+    assert cuda.unpacker(torch.device(DEVICE), torch.float32) is kernels_int4.unpack
 
 
 # ---------------------------------------------------------------- 16 bits, kernel by kernel
