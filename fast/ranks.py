@@ -117,10 +117,12 @@ def ended_by_others():
     """
     try:
         yield
-    except RuntimeError:
+    except RuntimeError as error:
         if dist.get_rank() > 0:
             sys.exit(0)
-        print("generate.py: rank 0 stops because another rank has ended", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        print(f"generate.py: rank 0 stops, probably because another rank has ended: {reason:.300}",
+              file=sys.stderr)
         sys.exit(1)
 
 
