@@ -425,7 +425,7 @@ def print_experts(args, tokenizer, model, prompt, options):
             for token, expert in zip(unread, experts, strict=True):
                 lines = decoder.feed(token).split("\n")
                 show("\n".join(line and mark(line, expert) for line in lines))
-            unread, experts[:] = [drawn], []
+            unread, experts = [drawn], []
     finally:
         show(f"{decoder.flush()}\nexperts of layer {layer}: ")
         print(*(mark(f" {e} " if colour else "", e) for e in range(E)))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, save
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -161,6 +161,7 @@ class Elsewhere:
 
 
 def test_logits_are_moved_to_the_cpu_before_anything_is_computed_from_them(model):
+    assert sample(Elsewhere(torch.tensor([1.0, 2.0]))) == 1
     for temperature in (0.0, 1.0):
         options = {"temperature": temperature, "top_p": 0.9, "seed": 3, "logprobs": True}
         wanted = list(generate_steps(model, [[1, 2], [3]], 5, **options))
@@ -339,6 +340,7 @@ turns = st.lists(st.tuples(st.text("abc", max_size=8), st.integers(1, 10), st.in
 
 
 @pytest.mark.claim
+@example([("abcabcabcabc", 6, 6), ("b", 6, 6)], True, None, 0.0, "xyz")
 @settings(max_examples=20, deadline=None)
 @given(turns=turns, moves=st.booleans(), window=st.sampled_from([None, 3]),
        temperature=st.sampled_from([0.0, 1.0]), system=st.sampled_from(["", "xyz"]))
@@ -614,7 +616,10 @@ def test_the_strongest_expert_of_each_token_is_shown(run, loaded, monkeypatch, f
     """Those of the prompt, which is read in chunks, and that of the last token are shown too."""
     tokenizer, model = loaded
     ids = tokenizer.encode("One day\n🦙")
-    [new] = generate(model, [ids], 30, eos_id=tokenizer.eos_id)
+    [new] = generate(model, [ids], 30)
+    if layer == 5:  # end the text before 30 tokens
+        monkeypatch.setattr(tokenizer, "eos_id", new[20])
+        new = new[:new.index(new[20])]
     marked, decoder = "", tokenizer.stream()
     for token, expert in zip(ids + new, experts_of(model, ids + new, layer), strict=True):
         text = decoder.feed(token)
@@ -732,6 +737,8 @@ def test_a_message_that_cannot_be_read_is_refused_and_the_conversation_goes_on(r
     code, out, told = run("--chat", "--max-new-tokens", "2", stdin=b"\xff\nHello\n")
     assert code == 0 and out.count("\n") == 1
     assert re.search("^generate.py: .*lone surrogate", told, re.MULTILINE)
+    code, out, told = run(stdin=b"\xff\xfe")
+    assert (code, out) == (1, "") and one_line(told) and "not Unicode text" in told
 
 
 # ------------------------------------------------------------------ without the folder fast/
@@ -802,7 +809,7 @@ def run_until_ctrl_c():
 def test_ctrl_c_ends_a_running_process_with_the_text_so_far(beside):
     code, out, rest, told = beside
     text = b"".join(out) + rest
-    assert len(out[0]) < 8192  # text is printed as it is drawn, not when a buffer of 8192 is full
+    assert len(out[0]) < 2000  # text is printed as it is drawn, not when a buffer of 8192 is full
     assert code == 130 and text.startswith(b"Once upon a time")
     assert text.endswith(b"\n") and told.count(b"\n") == 1 and b"written" in told
 
@@ -821,7 +828,6 @@ def test_a_reader_that_goes_away_is_no_error(beside):
 
 
 def run_on_a_full_disk():
-    """The exit code and standard error."""
     with open("/dev/full", "w") as full:
         process = start("--prompt", "a", "--max-new-tokens", "1", "--json", stdout=full)
     _, told = process.communicate(timeout=600)
@@ -861,11 +867,6 @@ def test_bad_arguments_get_exit_code_2_and_their_reason_last(run, args, named):
     assert (code, out) == (2, "") and "Traceback" not in told
     assert told.splitlines()[-1].startswith("generate.py: error: ")
     assert named in told.splitlines()[-1]
-
-
-def test_input_that_is_not_text_is_refused(run, loaded):
-    code, out, told = run(stdin=b"\xff\xfe")
-    assert (code, out) == (1, "") and one_line(told) and "not Unicode text" in told
 
 
 def test_more_tokens_than_the_memory_holds_are_refused(run, small):

@@ -257,7 +257,6 @@ def test_all_ranks_end_when_one_is_killed(beside):
 @pytest.mark.parametrize("flags", [pytest.param([], marks=pytest.mark.beside(run=TEXT)),
                                    pytest.param(["--chat"], marks=pytest.mark.beside(run=CHAT))])
 def test_ctrl_c_ends_all_ranks_and_prints_the_summary(beside, flags):
-    """The chat waits for its user."""
     code, out, told, seconds, left = beside
     assert code != 0 and seconds < 35 and not left
     assert out.endswith("\n") and told.count("tokens read") == 1 and "rank 0 stops" not in told
