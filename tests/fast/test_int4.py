@@ -113,6 +113,7 @@ def test_quantising_is_a_loop_over_groups_and_scales(seed, G, dtype, size):
     assert scale.dtype == dtype and scale.shape == (3, 32 // G)
     for row, got, scales in zip(weight.tolist(), q.tolist(), scale.tolist(), strict=True):
         assert (got, scales) == round_by_hand(row, G, dtype, int4.DIVISORS)
+    assert 7.5 in int4.DIVISORS  # so no group is worse than with the plain scale
 
 
 @pytest.mark.parametrize("source, rest", [
