@@ -120,12 +120,13 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     alive = [True] * len(prompts)
     for _ in range(max_new_tokens):
         logits = read(tokens, lengths).to("cpu")  # (B, V)
-        step = [None] * len(prompts)
-        for n in range(len(prompts)):
-            if alive[n]:
-                token = sample(logits[n], temperature, top_p, generators[n]).item()
-                log_p = logits[n].double().log_softmax(dim=-1)[token].item() if logprobs else None
-                step[n] = token, log_p
+        drawn = sample(logits) if temperature == 0 else torch.stack([
+            sample(row, temperature, top_p, g) for row, g in zip(logits, generators, strict=True)])
+        known = [None] * len(prompts)
+        if logprobs:
+            known = logits.double().log_softmax(-1).gather(1, drawn[:, None])[:, 0].tolist()
+        step = [(token, logprob) if lives else None for token, logprob, lives in
+                zip(drawn.tolist(), known, alive, strict=True)]
         if fast and fast.ranks.is_sharded(model):
             step = fast.ranks.from_first(step)  # so that rounding cannot make the ranks diverge
         yield step
