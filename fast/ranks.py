@@ -88,11 +88,11 @@ def join(device):
     """Connect the ranks that torchrun started, if any; returns the device of this rank."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if not dist.is_initialized():
         # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
-        dist.init_process_group(timeout=timedelta(days=1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                                timeout=timedelta(days=1))
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 
