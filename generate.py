@@ -159,10 +159,7 @@ def new_cache(model, rows, length):
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
-    """The new tokens of each prompt as a list of lists; a drawn EOS is included and is the last.
-
-    All rows use the same seed, so with a seed equal prompts give equal texts.
-    """
+    """The new tokens of each prompt; a drawn EOS is the last one. All rows use the same seed."""
     new, options = [[] for _ in prompts], (temperature, top_p, seed, eos_id)
     for step in generate_steps(model, prompts, max_new_tokens, *options) if prompts else ():
         for row, drawn in zip(new, step, strict=True):
@@ -201,6 +198,7 @@ class Completion:
         return text
 
     def _release(self, text, hold):
+        """Add decoded text, and return all that is new but for the last `hold` characters."""
         self.text += text
         ends = [(at + len(stop), at) for stop in self.stops
                 if (at := self.text.find(stop, self.released)) >= 0]
@@ -214,9 +212,8 @@ class Completion:
 class Chat:
     """A conversation with an instruct model; each turn reads only the tokens that are new.
 
-    The cache holds the tokens `ids`. If those of the next turn do not begin with them, the
-    conversation is read again. That happens only with v2 and v3 tokenizers, which move the system
-    text to the latest user message.
+    The cache holds the tokens `ids`. If the next turn does not begin with them, all is read again.
+    This happens only with v2 and v3 tokenizers, which move the system text to the last message.
     """
 
     def __init__(self, model, tokenizer, system="", **sampling):
@@ -404,8 +401,7 @@ def print_summary(completions, prompt_tokens, prefill, decode):
 def print_experts(args, tokenizer, model, prompt, options):
     """Print one text as it grows, and with each token its strongest expert in one layer.
 
-    The router chooses the experts of a token when the model reads it, one step after it was drawn.
-    So there is one more step, which reads the last token.
+    The router sees a token one step after it was drawn, so there is one step more than tokens.
     """
     layers, E, decoder = model.model.layers, model.config.num_local_experts, tokenizer.stream()
     layer = len(layers) // 2 if args.experts is None else args.experts
