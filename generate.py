@@ -9,7 +9,6 @@ time and reads it, until the text ends:
 
 Every row of a batch draws from its own random generator, so in float64 a row's text does not depend
 on the other rows. In lower precision this holds up to rounding, which can change a close choice.
-
 The folder fast/ makes the same model quick on this machine, and adds 4-bit weights and several
 devices. Without it everything else works, but more slowly.
 
@@ -48,7 +47,7 @@ except ModuleNotFoundError as error:
 
 TINY = Path(__file__).resolve().parent / "tiny"
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
-CHUNK = 512  # tokens that the prefill reads at a time; 256 are 5 % slower and 1,024 no faster
+CHUNK, GPU_CHUNK = 512, 4096  # tokens that the prefill reads at a time, on a CPU and on a GPU
 COLOURS = (203, 215, 221, 114, 80, 75, 141, 211)  # of the experts, on a terminal with 256 colours
 show = functools.partial(print, end="", flush=True)
 
@@ -121,12 +120,13 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     alive = [True] * len(prompts)
     for _ in range(max_new_tokens):
         logits = read(tokens, lengths).to("cpu")  # (B, V)
-        step = [None] * len(prompts)
-        for n in range(len(prompts)):
-            if alive[n]:
-                token = sample(logits[n], temperature, top_p, generators[n]).item()
-                log_p = logits[n].double().log_softmax(dim=-1)[token].item() if logprobs else None
-                step[n] = token, log_p
+        drawn = sample(logits) if temperature == 0 else torch.stack([
+            sample(row, temperature, top_p, g) for row, g in zip(logits, generators, strict=True)])
+        known = [None] * len(prompts)
+        if logprobs:
+            known = logits.double().log_softmax(-1).gather(1, drawn[:, None])[:, 0].tolist()
+        step = [(token, logprob) if lives else None for token, logprob, lives in
+                zip(drawn.tolist(), known, alive, strict=True)]
         if fast and fast.ranks.is_sharded(model):
             step = fast.ranks.from_first(step)  # so that rounding cannot make the ranks diverge
         yield step
@@ -150,16 +150,17 @@ def pad(prompts, vocab_size, device):
 
 def new_cache(model, rows, length):
     """A cache for rows of that length. Raises ValueError if it does not fit into memory."""
+    chunk = GPU_CHUNK if model.lm_head.weight.is_cuda else CHUNK
     if fast:
-        fast.memory.check_cache(model, rows, length, CHUNK)
+        fast.memory.check_cache(model, rows, length, chunk)
     try:
-        return model.new_cache(rows, length, CHUNK)
+        return model.new_cache(rows, length, chunk)
     except (RuntimeError, TypeError):  # PyTorch has no memory, or no integer, for this size
         raise ValueError(f"no memory for {rows} rows of {length} tokens; ask for fewer") from None
 
 
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, eos_id=None):
-    """The new tokens of each prompt; a drawn EOS is the last one. All rows use the same seed."""
+    """The new tokens of each prompt, with the EOS if it was drawn; all rows use the same seed."""
     new, options = [[] for _ in prompts], (temperature, top_p, seed, eos_id)
     for step in generate_steps(model, prompts, max_new_tokens, *options) if prompts else ():
         for row, drawn in zip(new, step, strict=True):
@@ -252,12 +253,14 @@ class Chat:
 # ------------------------------------------------------------------ loading
 
 
-def load(directory, dtype=None, device="cpu"):
+def load(directory, dtype=None, device="auto"):
     """The tokenizer and the model of a directory; fast/ prepares the model for this machine.
 
-    With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. Raises
-    ValueError if the directory is incomplete or damaged, or if the weights do not fit into memory.
+    With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. "auto" is
+    CUDA if the weights fit there, else the CPU. Raises ValueError if the directory is incomplete or
+    damaged, or if the weights do not fit into memory.
     """
+    device = "cpu" if device == "auto" and not fast else device
     check_device(device)
     raw = read_json(Path(directory) / "config.json")
     config, tokenizer = MixtralConfig.from_dict(raw), Tokenizer(directory)
@@ -274,7 +277,7 @@ def load(directory, dtype=None, device="cpu"):
 def check_device(device):
     """Raises ValueError unless tensors can be made on the device and read back."""
     try:
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device="cpu" if device == "auto" else device).item()
     except Exception as error:  # its type depends on the device
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device {str(device)!r} is not usable here: {reason}") from None
@@ -308,7 +311,7 @@ def parse_arguments(argv):
     add("--system", default="", metavar="TEXT", help="system text of a chat")
     add("--dtype", choices=DTYPES, default=absent,
         help="of all numbers (default: that of the checkpoint; float32 for the embedded model)")
-    add("--device", default="cpu", help="a torch device such as cpu or cuda")
+    add("--device", default="auto", help="cpu, cuda, …; auto is cuda if the weights fit, else cpu")
     args = p.parse_args(argv)
     for wrong, reason in (
             (args.system and not args.chat, "--system needs --chat"),
@@ -365,7 +368,7 @@ def print_texts(args, tokenizer, model, texts, prompts, options):
                     "timings": {"prompt_tokens": len(prompt)} | timings}
             print(json.dumps(line, ensure_ascii=False) if args.json else
                   f"=== {n + 1} of {len(texts)}\n{c.beginning}{c.text}", flush=True)
-    print_summary(completions, sum(map(len, prompts)), prefill, decode)
+    print_summary(model, completions, sum(map(len, prompts)), prefill, decode)
     return 130 if "interrupted" in [completion.finish_reason for completion in completions] else 0
 
 
@@ -390,12 +393,12 @@ def complete(completions, steps, show=lambda text: None):
     return (first - start, last - first) if first else (0.0, 0.0)
 
 
-def print_summary(completions, prompt_tokens, prefill, decode):
+def print_summary(model, completions, prompt_tokens, prefill, decode):
     """Print one line to standard error; the first token of a text belongs to the prefill."""
     written = sum(len(completion.tokens) for completion in completions)
     rate = (written - len(completions)) / decode if decode else 0
     print(f"[{prompt_tokens} tokens read in {prefill:.2f} s; {written} written, {rate:.0f} "
-          "tokens/s]", file=sys.stderr)
+          f"tokens/s on {model.lm_head.weight.device}]", file=sys.stderr)
 
 
 def print_experts(args, tokenizer, model, prompt, options):
@@ -450,7 +453,7 @@ def converse(args, tokenizer, model, options):
                 completion = Completion(tokenizer, args.stop)
                 steps = ([(token,)] for token in chat.answer(line, args.max_new_tokens))
                 seconds = complete([completion], steps, show)
-                print_summary([completion], chat.new_tokens, *seconds)
+                print_summary(model, [completion], chat.new_tokens, *seconds)
             except ValueError as error:
                 print(f"generate.py: {error}", file=sys.stderr)
     return 0

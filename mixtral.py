@@ -88,9 +88,9 @@ class MixtralConfig:
     eos_token_id: int | None = 2
 
     def __post_init__(self):
+        check_config(self)
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        check_config(self)
 
     @classmethod
     def from_dict(cls, raw):
@@ -133,8 +133,8 @@ class Expert(nn.Module):
 
     (..., D) -> (..., D)
 
-    w1 is the gate, w3 the up and w2 the down projection. SparseMoE.gate is the router, not this
-    gate. A checkpoint with w1 and w3 exchanged loads, since they have one shape, and runs wrongly.
+    w1 is the gate projection (SparseMoE.gate is the router), w3 the up and w2 the down projection.
+    A checkpoint that swaps w1 and w3 loads, because their shapes agree, but computes nonsense.
     """
 
     def __init__(self, D, M):
@@ -218,9 +218,9 @@ def rotate(x, cos, sin):
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
     For keys, K takes the place of H. The product of a rotated query and a rotated key depends on
-    their positions only through their distance. The released code pairs x[2i] and x[2i + 1].
-    Hugging Face reordered the rows of q_proj and k_proj alike, so that these pairs stand d/2 apart
-    and q·k is the same. Without this, which convert.py does, Mistral's weights write nonsense.
+    their positions only through their distance. The released code pairs x[2i] and x[2i + 1]. For
+    weights in that order convert.py, like Hugging Face, moves the rows of q_proj and k_proj so that
+    the pairs stand d/2 apart. This leaves q·k as it was; without it the model computes nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -263,7 +263,7 @@ class Attention(nn.Module):
     (B, S, D) -> (B, S, D)
     """
 
-    attend = staticmethod(attend)  # fast/ puts an equal function here
+    attend = staticmethod(attend)  # so that fast/ can put an equal function here
 
     def __init__(self, config, layer):
         super().__init__()
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything except the output projection; `lengths` counts the real tokens of each row.
+    """Everything but the output projection; row b has lengths[b] real tokens, then padding.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """
@@ -311,8 +311,8 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        table = torch.rand(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)  # quicker on "meta"
+        table = torch.rand(config.vocab_size, config.hidden_size)  # nn.Embedding starts slowly
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -354,7 +354,7 @@ class Mixtral(nn.Module):
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
         if cache is not None and (cache.tokens_read + lengths).max() > cache.max_length:
             raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
-        chunk, hidden = S if cache is None else cache.chunk, []
+        hidden, chunk = [], S if cache is None else cache.chunk
         for start in range(0, S, chunk):
             real = (lengths - start).clamp(0, chunk)  # (B); the rest of the chunk is padding
             hidden.append(self.model(tokens[:, start:start + chunk], real, cache))
@@ -366,7 +366,7 @@ class Mixtral(nn.Module):
     def new_cache(self, batch_size, max_length, chunk=256):
         """An empty cache for rows of up to `max_length` tokens, read `chunk` tokens at a time."""
         c, weight = self.config, self.lm_head.weight
-        C = min(max_length, (c.sliding_window or max_length) + chunk - 1)
+        C = min(max_length, (c.sliding_window or max_length) + chunk - 1)  # see Cache
         shape = (c.num_hidden_layers, batch_size, C, c.num_key_value_heads, c.head_dim)
         return Cache(weight.new_zeros(shape), weight.new_zeros(shape),
                      torch.full((batch_size, C), -1), max_length, chunk)
@@ -414,7 +414,7 @@ class Cache:
         positions (B, S), lengths (B) -> (B, T)
         """
         C, S = self.positions.shape[1], positions.shape[1]
-        row, column = torch.where(torch.arange(S) < lengths[:, None])
+        row, column = torch.where(torch.arange(S) < lengths[:, None])  # the real tokens
         slot = positions[row, column] % C
         self.positions[row, slot] = positions[row, column]
         self.target = [index.to(self.keys.device) for index in (row, column, slot)]
@@ -439,13 +439,14 @@ def check_config(c):
             raise ValueError(f"config: {name} must be {wanted}, got {getattr(c, name)!r:.80}")
 
     for name, kind in [(f.name, f.type) for f in fields(c) if f.type in (int, float)]:
-        value = getattr(c, name)
-        check(name, f"a positive {kind.__name__}", type(value) in (int, kind) and value > 0)
-    H, E = c.num_attention_heads, c.num_local_experts
+        check(name, f"a positive {kind.__name__}",
+              type(getattr(c, name)) in (int, kind) and getattr(c, name) > 0)
+    H, E, W = c.num_attention_heads, c.num_local_experts, c.sliding_window
+    d = c.hidden_size // H if c.head_dim is None else c.head_dim
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of {H} query heads", H % c.num_key_value_heads == 0)
-    check("head_dim", "even", type(c.head_dim) is int and c.head_dim % 2 == 0 < c.head_dim)
-    check("sliding_window", "positive or null", c.sliding_window is None or c.sliding_window > 0)
+    check("head_dim", "positive and even", type(d) is int and d > 0 and d % 2 == 0)
+    check("sliding_window", "positive or null", W is None or type(W) is int and W > 0)
     check("tie_word_embeddings", "false", not c.tie_word_embeddings)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
 
@@ -459,7 +460,7 @@ def read_json(path):
 
 
 def read_weights(directory):
-    """The tensors of model*.safetensors by name, mapped from disk, or a ValueError."""
+    """The tensors of model*.safetensors by name. Raises ValueError if a file is damaged."""
     weights = {}
     for file in sorted(Path(directory).glob("model*.safetensors")):
         try:
@@ -477,12 +478,11 @@ def read_weights(directory):
 def assemble(config, weights, adapt=lambda model: None):
     """The model with these weights, which are not copied. Raises ValueError unless they fit.
 
-    `adapt(model)` may exchange layers while the model is empty, on the device "meta". The first
-    check spares us building millions of modules for a config.json with a wrong number.
+    `adapt(model)` may exchange layers of the model while it is still empty, on the device "meta".
     """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     expert = f".experts.{config.num_local_experts - 1}."
-    if not any(name.startswith(last) and expert in name for name in weights):
+    if not any(name.startswith(last) and expert in name for name in weights):  # before building
         raise ValueError(f"the weights do not fit config.json: {last}*{expert}* is missing")
     with torch.device("meta"):
         model = Mixtral(config)

@@ -9,7 +9,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from fast import cpu, int4, memory, ranks
+from fast import cpu, cuda, int4, memory, ranks
 from mixtral import MixtralConfig, assemble
 
 
@@ -20,11 +20,12 @@ def build(raw, weights, dtype=None, device="cpu"):
     torch.distributed is initialised, this rank builds its share of the model. Raises ValueError if
     the weights fit neither config.json nor the memory, or cannot be divided.
     """
-    kind, scheme = torch.device(device).type, raw.get("quantization_config")
     if dist.is_initialized():
         raw, weights = ranks.shard(raw, weights, dist.get_rank(), dist.get_world_size())
-        if kind == "cuda":
-            torch.cuda.set_device(device)
+    device = memory.choose_device(weights, dtype) if device == "auto" else device
+    kind, scheme = torch.device(device).type, raw.get("quantization_config")
+    if torch.device(device).index is not None and kind == "cuda":
+        torch.cuda.set_device(device)
     fits = memory.check_weights(weights, dtype, device)
     weights = converted(weights, dtype, device)
 
@@ -36,6 +37,8 @@ def build(raw, weights, dtype=None, device="cpu"):
     weights.clear()  # so that `tune` can release each weight that it replaces
     if kind == "cpu":
         cpu.tune(model, may_copy=fits)
+    elif kind == "cuda":
+        cuda.prepare(model)
     return ranks.reduce_outputs(model) if dist.is_initialized() else model
 
 
@@ -54,8 +57,11 @@ def converted(weights, dtype, device):
 def reader(model, cache):
     """A function read(tokens, lengths) that gives the logits after the last token of each row.
 
-    tokens (B, S), lengths (B) -> (B, V)
+    It takes tokens (B, S) and lengths (B), and returns (B, V).
     """
+    if cache.keys.is_cuda:
+        return cuda.reader(model, cache)
+
     def read(tokens, lengths):
         return model(tokens, cache, lengths, last_only=True)[:, 0]
 

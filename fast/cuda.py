@@ -26,7 +26,6 @@ are known to the card alone; a product of groups of rows takes them from there.
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
 
 from fast import int4
 from fast.int4 import Int4Linear
@@ -149,7 +148,11 @@ class MergedMoE(SparseMoE):
         experts = torch.arange(len(self.experts), device=choices.device)
         ends = (choices <= experts[:, None]).sum(dim=1, dtype=torch.int32)  # (E)
         inputs = tokens[order // self.top_k]
-        gate, up = F.grouped_mm(inputs, self.stacked(self.w13).mT, offs=ends).chunk(2, dim=1)
+        if len(self.w13) == 1:
+            gate, up = F.grouped_mm(inputs, self.w13[0].mT, offs=ends).chunk(2, dim=1)
+        else:  # w1 in 16 bits is gone before w3 is unpacked
+            gate, up = (F.grouped_mm(inputs, self.stacked(half).mT, offs=ends)
+                        for half in zip(*(part.chunk(2, dim=1) for part in self.w13), strict=True))
         outputs = F.grouped_mm(F.silu(gate) * up, self.stacked(self.w2).mT, offs=ends)
         outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, A, D)
         return (weights[:, :, None] * at_least_float32(outputs)).sum(dim=1)
@@ -185,9 +188,13 @@ class Attend:
     def __call__(self, q, k, v, mask):
         if not self.causal:
             return attend_masked(q, k, v, mask)
-        mask = causal_lower_right(q.shape[1], k.shape[1])
+        first, mask = q.shape[1] == k.shape[1], None
+        if not first:  # a later chunk; this import takes more than a second
+            from torch.nn.attention.bias import causal_lower_right
+            mask = causal_lower_right(q.shape[1], k.shape[1])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (B, H, S, d)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=first, enable_gqa=True)  # (B, H, S, d)
         return mixed.transpose(1, 2).flatten(2)
 
 
@@ -217,14 +224,15 @@ def attend_masked(q, k, v, mask):
 def reader(model, cache):
     """A function read(tokens, lengths) that gives the logits after the last token of each row.
 
-    tokens (B, S), lengths (B) -> (B, V)
-
-    Calls with S = 1 replay a graph, which stays with the cache. Between two calls of one `read`
-    nobody else may change the cache. The ranks of a model that is split over several devices
-    exchange their results in hooks of its modules, so its steps run as they are, without a graph.
+    It takes tokens (B, S) and lengths (B), and returns (B, V). Calls with S = 1 replay a graph,
+    which stays with the cache. Between two calls of one `read` nobody else may change the cache.
+    The ranks of a model that is split over several devices exchange their results in hooks of its
+    modules, so its steps run as they are, without a graph. So does a model whose routers have
+    hooks, as generate.py --experts gives them.
     """
     mixtures = [layer.block_sparse_moe for layer in model.model.layers]
-    if getattr(model, "sharded", False) or not all(type(m) is MergedMoE for m in mixtures):
+    if getattr(model, "sharded", False) or any(
+            type(m) is not MergedMoE or m.gate._forward_hooks for m in mixtures):
         return lambda tokens, lengths: model(tokens, cache, lengths, last_only=True)[:, 0]
     if not hasattr(cache, "step"):
         cache.step = Step(model, cache)

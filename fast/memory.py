@@ -39,10 +39,9 @@ def check_weights(weights, dtype, device):
     Weights that keep their dtype on a CPU stay mapped from disk, so they need not fit; then a
     warning says how slow that is. Integers, such as packed 4-bit weights, keep theirs always.
     """
-    sizes = [weight.numel() * result_dtype(weight, dtype).itemsize for weight in weights.values()]
     mapped = torch.device(device).type == "cpu" and all(
         result_dtype(weight, dtype) == weight.dtype for weight in weights.values())
-    needed, free = sum(sizes), free_memory(device)
+    needed, free = size_after(weights, dtype), free_memory(device)
     if free is None or needed <= free:
         return True
     facts = f"{needed / 1e9:.1f} GB of weights, but {free / 1e9:.1f} GB of memory are free"
@@ -51,6 +50,17 @@ def check_weights(weights, dtype, device):
     print(f"[{facts}; the weights stay on disk and are read again for every token, which is slow]",
           file=sys.stderr)
     return False
+
+
+def choose_device(weights, dtype):
+    """CUDA if there is a GPU into which the weights fit, with 3 GB for all else, or the CPU."""
+    fits = torch.cuda.is_available() and size_after(weights, dtype) + 3e9 <= free_memory("cuda")
+    return "cuda" if fits else "cpu"
+
+
+def size_after(weights, dtype):
+    """The bytes of weights after a conversion to `dtype`."""
+    return sum(w.numel() * result_dtype(w, dtype).itemsize for w in weights.values())
 
 
 def result_dtype(weight, dtype):

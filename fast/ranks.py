@@ -87,6 +87,8 @@ def join(device):
     if not dist.is_initialized():
         # The timeout is long because a chat waits for its user. A dead rank is noticed at once.
         dist.init_process_group(timeout=timedelta(days=1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
 
 
@@ -111,10 +113,12 @@ def ended_by_others():
     """
     try:
         yield
-    except RuntimeError:
+    except RuntimeError as error:
         if dist.get_rank() > 0:
             sys.exit(0)
-        print("generate.py: rank 0 stops because another rank has ended", file=sys.stderr)
+        reason = str(error).partition("\n")[0]
+        print(f"generate.py: rank 0 stops, probably because another rank has ended: {reason:.300}",
+              file=sys.stderr)
         sys.exit(1)
 
 

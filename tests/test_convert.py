@@ -2,8 +2,8 @@
 
 import collections
 import ctypes
-import doctest
 import gc
+import itertools
 import json
 import math
 import os
@@ -24,7 +24,7 @@ import torch
 from conftest import random_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import LAYOUTS, interleaved, mistral_params, mistral_pickle, mistral_tensors
+from layouts import LAYOUTS, mistral_params, mistral_pickle, mistral_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -83,6 +83,8 @@ def test_every_layout_gives_the_same_weights_and_float64_logits(write, tmp_path,
             "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 10, "vocab_size": 41})):
         model, place = random_model(**changes), out / str(n)
         assert run(write(model, tmp_path / str(n)), place, "--max-shard-size", "0.009MB") == 0
+        weight_map = json.loads((place / "model.safetensors.index.json").read_text())["weight_map"]
+        assert all(name in load_file(place / file) for name, file in weight_map.items())
         converted = Mixtral.from_pretrained(place)
         assert converted.config == model.config and len(contents(place)) > 5
         assert same(converted.state_dict(), model.state_dict())
@@ -98,16 +100,6 @@ def test_to_mistral_gives_the_names_rows_and_sizes_of_mistral(write, tmp_path, o
     assert contents(out) == ["consolidated.safetensors", "params.json"]
     assert same(loaded(out), mistral_tensors(model))
     assert json.loads((out / "params.json").read_text()) == mistral_params(model.config)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_to_mistral_and_back_gives_the_same_bits(dtype, tmp_path, out):
-    model = random_model(dtype=dtype)
-    source = layouts.huggingface_sharded(model, tmp_path / "source")
-    assert run(source, tmp_path / "there", "--to", "mistral") == 0
-    assert run(tmp_path / "there", out) == 0
-    assert same(loaded(out), loaded(source))
-    assert Mixtral.from_pretrained(out).config == model.config
 
 
 def test_transformers_loads_the_output_and_gives_the_same_logits(tmp_path, out):
@@ -168,15 +160,6 @@ def test_memory_holds_one_tensor_and_not_the_checkpoint(write, options, tmp_path
     assert codes == [0] and grown < 20_000, grown
 
 
-@settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3))
-def test_regroup_moves_each_row_as_a_loop_over_rows_does_and_back(heads, half, D):
-    rows = torch.arange(heads * 2 * half * D).view(heads * 2 * half, D)
-    mistral = interleaved(rows, heads)
-    assert torch.equal(convert.regroup(mistral, heads, columns=2), rows)
-    assert torch.equal(convert.regroup(rows, heads, columns=half), mistral)
-
-
 def test_rotating_neighbours_gives_the_scores_of_rotating_halves_of_regrouped_rows():
     """This is why rows are regrouped. Both rotations are written out from their definitions."""
     torch.manual_seed(0)
@@ -198,26 +181,15 @@ def test_rotating_neighbours_gives_the_scores_of_rotating_halves_of_regrouped_ro
     assert abs(neighbours - score([(i, i + 4) for i in range(4)])) < 1e-14
 
 
-def test_the_examples_in_docstrings_hold():
-    failed, tried = doctest.testmod(convert)
-    assert failed == 0 and tried == 5
-
-
-@pytest.mark.parametrize("config, total, active, tensors", [
-    (MixtralConfig(), 46_702_792_704, 12_879_925_248, 995),
-    (MixtralConfig(hidden_size=6144, num_hidden_layers=56, num_attention_heads=48,
-                   intermediate_size=16384), 140_620_634_112, 39_152_031_744, 1739)])
-def test_the_parameters_of_the_released_models_are_counted(config, total, active, tensors, capsys):
-    checkpoint = convert.Checkpoint(convert.MISTRAL, config, {}, None)
+def test_the_parameters_of_8x7b_are_counted(capsys):
+    checkpoint = convert.Checkpoint(convert.MISTRAL, MixtralConfig(), {}, None)
     target = convert.Target(convert.HUGGINGFACE, torch.bfloat16)
     plan = convert.output_tensors(checkpoint, target, {})
     files = convert.shards(plan, convert.HUGGINGFACE, 4 * 10**9)
-    assert [name for group in files.values() for name in group] == list(plan)
-    assert len(plan) == tensors and convert.total_size(files) == 2 * total
+    assert len(plan) == 995 and convert.total_size(files) == 2 * 46_702_792_704
     convert.announce(Path("raw"), Path("/out"), checkpoint, target, files)
     printed = capsys.readouterr().out
-    assert f"{total:,} parameters, {active:,} used per token" in printed
-    assert f"{2 * total / 1e6:,.1f} MB of torch.bfloat16 to write" in printed
+    assert all(x in printed for x in ("46,702,792,704", "12,879,925,248", "93,405.6 MB"))
 
 
 @settings(deadline=None)
@@ -234,67 +206,27 @@ def test_a_shard_holds_as_many_tensors_as_its_limit_allows(sizes, limit):
     assert len(convert.shards(tensors, convert.MISTRAL, limit)) == 1
 
 
-def test_shards_stay_under_their_limit_and_are_indexed(tmp_path, out):
+def test_a_dtype_is_converted(tmp_path, out):
     model = random_model(dtype=torch.float32)
-    assert run(mistral_pickle(model, tmp_path / "raw"), out, "--max-shard-size", "0.02MB") == 0
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(w.nbytes for w in loaded(out).values())
-    assert set(index["weight_map"]) == set(loaded(out))
-    for path in out.glob("model-*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            assert sum(file.get_tensor(name).nbytes for name in file.keys()) <= 20_000
-            assert {index["weight_map"][name] for name in file.keys()} == {path.name}
-            assert file.metadata() == {"format": "pt"}  # transformers asks for it
+    assert run(mistral_pickle(model, tmp_path / "raw"), out, "--dtype", "bfloat16") == 0
+    assert same(loaded(out), model.bfloat16().state_dict())
 
 
-def test_a_dtype_is_converted_and_an_absent_rope_theta_is_a_million(tmp_path, out):
-    model = random_model(rope_theta=1e6, dtype=torch.float32)
-    source = mistral_pickle(model, tmp_path / "raw")
-    path = source / "params.json"
-    path.write_text(json.dumps({name: value for name, value in mistral_params(model.config).items()
-                                if name != "rope_theta"}))
-    assert run(source, out, "--dtype", "bfloat16") == 0
-    assert Mixtral.from_pretrained(out).config.rope_theta == 1e6
-    assert same(loaded(out), {name: weight.bfloat16()
-                              for name, weight in model.state_dict().items()})
+WINDOW, CONTEXT = "sliding_window", "max_position_embeddings"
 
 
-@pytest.mark.parametrize("text, window", [("4096", 4096), ("None", None), ("null", None), (7, 7),
-                                          (None, None), (0, None)])
-def test_a_window_may_be_text(text, window, tmp_path):
+@pytest.mark.parametrize("raw, field, value", [
+    ({WINDOW: "4096"}, WINDOW, 4096), ({WINDOW: "None"}, WINDOW, None), ({WINDOW: 7}, WINDOW, 7),
+    ({WINDOW: "null"}, WINDOW, None), ({WINDOW: None}, WINDOW, None), ({WINDOW: 0}, WINDOW, None),
+    ({"rope_theta": None}, "rope_theta", 1e6), ({"bos_token_id": 0}, "bos_token_id", 0),
+    ({}, CONTEXT, 32768), ({"dim": 6144}, CONTEXT, 65536),
+    ({"dim": 6144, "max_seq_len": 1024}, CONTEXT, 1024)])
+def test_odd_and_absent_fields_of_params_json(raw, field, value, tmp_path):
     (tmp_path / "params.json").write_text(json.dumps(
-        mistral_params(MixtralConfig()) | {"sliding_window": text}))
-    assert convert.read_params(tmp_path / "params.json").sliding_window == window
-
-
-def test_token_ids_in_params_json_are_kept_even_if_zero(tmp_path):
-    (tmp_path / "params.json").write_text(json.dumps(
-        mistral_params(MixtralConfig()) | {"bos_token_id": 0, "eos_token_id": 5}))
+        mistral_params(MixtralConfig()) | raw))
     config = convert.read_params(tmp_path / "params.json")
-    assert (config.bos_token_id, config.eos_token_id) == (0, 5)
-
-
-@pytest.mark.parametrize("dim, said, context", [(4096, None, 32768), (6144, None, 65536),
-                                                (6144, 1024, 1024), (2048, None, 32768)])
-def test_the_context_length_is_that_of_the_released_model_unless_params_json_has_it(
-        dim, said, context, tmp_path):
-    raw = mistral_params(MixtralConfig()) | {"dim": dim, "max_seq_len": said, "head_dim": 128}
-    (tmp_path / "params.json").write_text(json.dumps(raw))
-    config = convert.read_params(tmp_path / "params.json")
-    assert config.max_position_embeddings == context
-    assert convert.params_from_config(config).get("max_seq_len") == said
-
-
-def test_views_of_a_shared_storage_in_a_pickle_are_read_from_their_places(tmp_path, out):
-    model = random_model(dtype=torch.float32)
-    source, tensors = mistral_pickle(model, tmp_path / "raw"), mistral_tensors(model)
-    both = torch.cat([tensors["tok_embeddings.weight"], tensors["output.weight"]])
-    tensors["tok_embeddings.weight"], tensors["output.weight"] = both.chunk(2)
-    gate = "layers.1.feed_forward.gate.weight"
-    tensors[gate] = tensors[gate].T.contiguous().T
-    torch.save(tensors, source / "consolidated.00.pth")
-    assert run(source, out) == 0
-    assert same(loaded(out), model.state_dict())
+    assert getattr(config, field) == value
+    assert convert.params_from_config(config).get("max_seq_len") == raw.get("max_seq_len")
 
 
 # ------------------------------------------------------------------ the tokenizer
@@ -316,27 +248,10 @@ def test_auto_tokenizer_reads_the_output_and_gives_the_same_ids(tmp_path, out):
         theirs = transformers.AutoTokenizer.from_pretrained(out / str(number))
         for text in TEXTS:
             assert theirs(text).input_ids == ours.encode(text), text
+            assert theirs(text, "b").input_ids == ours.encode(text) + ours.encode("b", bos=False)
             assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(
                 ours.encode(text)), text
         assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
-
-
-def test_tokenizer_json_puts_bos_before_a_text_and_before_a_pair():
-    """The peer test compares the ids; this is what they follow from."""
-    step = convert.fast_tokenizer(Tokenizer(ROOT / "tiny"))["post_processor"]
-    for kind, texts in (("single", "A"), ("pair", "AB")):
-        first, *rest = step[kind]
-        assert step["special_tokens"][first["SpecialToken"]["id"]]["ids"] == [1]
-        assert "".join(part["Sequence"]["id"] for part in rest) == texts
-
-
-def test_every_split_of_a_piece_into_two_pieces_is_a_merge_and_better_scores_come_first():
-    t = Tokenizer(ROOT / "tiny")
-    found = [tuple(merge.split(" ")) for merge in convert.merges(t)]
-    assert set(found) == {(a, b) for piece in t.scores for n in range(1, len(piece))
-                          if (a := piece[:n]) in t.scores and (b := piece[n:]) in t.scores}
-    scores = [t.scores[a + b] for a, b in found]
-    assert scores == sorted(scores, reverse=True)
 
 
 def test_merges_of_equal_score_are_in_the_order_of_ids():
@@ -369,17 +284,12 @@ DTYPES = list(convert.WRITABLE.values())
 @given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3),
                           st.booleans()), max_size=6), st.randoms(use_true_random=False))
 def test_what_is_written_is_what_the_library_reads_aligned(tmp_path_factory, specs, randoms):
-    path, tensors = tmp_path_factory.getbasetemp() / "written", {}
-    for n, (dtype, shape, _) in enumerate(specs):
+    path, tensors, mixed = tmp_path_factory.getbasetemp() / "written", {}, {}
+    for n, (dtype, shape, lazy) in enumerate(specs):
         numbers = [randoms.randrange(256) for _ in range(math.prod(shape))]
-        tensors[f"tensor {n}"] = torch.tensor(numbers, dtype=dtype).view(shape)
-
-    def maybe_lazy(tensor, lazy):
-        return Lazy(tuple(tensor.shape), tensor.dtype, tensor.clone) if lazy else tensor
-
-    given_tensors = {name: maybe_lazy(tensor, lazy) for (name, tensor), (*_, lazy)
-                     in zip(tensors.items(), specs, strict=True)}
-    write_safetensors(path, given_tensors, {"key": "välue"})
+        x = tensors[f"tensor {n}"] = torch.tensor(numbers, dtype=dtype).view(shape)
+        mixed[f"tensor {n}"] = Lazy(tuple(x.shape), dtype, x.clone) if lazy else x
+    write_safetensors(path, mixed, {"key": "välue"})
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"key": "välue"}
         assert set(file.keys()) == set(tensors)
@@ -389,20 +299,12 @@ def test_what_is_written_is_what_the_library_reads_aligned(tmp_path_factory, spe
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8:8 + length])
+    begins = itertools.accumulate((x.nbytes for x in tensors.values()), initial=0)
+    if all(at % x.itemsize == 0 for at, x in zip(begins, tensors.values(), strict=False)):
+        assert list(header)[1:] == list(tensors)  # the order is kept where alignment allows it
     assert length % 8 == 0
     assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0
                for name, tensor in tensors.items())
-
-
-def test_the_order_of_tensors_is_kept_where_alignment_allows_it(tmp_path):
-    def order(**tensors):
-        write_safetensors(tmp_path / "file", tensors)
-        text = (tmp_path / "file").read_bytes()[8:].split(b"}}")[0].decode()
-        return re.findall(r'"(\w)":', text)
-
-    packed, scale = torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.bfloat16)
-    assert order(a=packed, b=scale, c=packed) == ["a", "b", "c"]
-    assert order(a=scale[:1], b=packed, c=scale) == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("tensor, words", [
@@ -423,8 +325,7 @@ def test_a_tensor_that_would_be_written_wrongly_is_refused_by_name(tensor, words
 # ------------------------------------------------------------------ complete_or_absent
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"),
-                                   ValueError("any other")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("full"), ValueError("any other")])
 @pytest.mark.parametrize("kind", ["new file", "old file", "directory"])
 def test_an_output_is_complete_or_as_it_was(kind, error, tmp_path):
     def write(path, text):
@@ -434,12 +335,10 @@ def test_an_output_is_complete_or_as_it_was(kind, error, tmp_path):
     if kind == "old file":
         place.write_text("old")
     before = contents(tmp_path)
-    with pytest.raises((KeyboardInterrupt, ValueError)) as raised:
+    with pytest.raises((KeyboardInterrupt, ValueError)):
         with complete_or_absent(place, kind == "directory") as part:
             write(part, "half")
             raise error
-    if isinstance(error, OSError):
-        assert str(raised.value) == f"{place}: not written: No space left on device"
     assert contents(tmp_path) == before == ["place"] * (kind == "old file")
     if kind == "old file":
         assert place.read_text() == "old"
@@ -551,12 +450,6 @@ def truncated(source):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def truncated_safetensors(source):
-    path = source / "consolidated.safetensors"
-    write_safetensors(path, torch.load(source / "consolidated.00.pth", weights_only=True))
-    path.write_bytes(path.read_bytes()[:-10])
-
-
 class Evil:
     def __reduce__(self):
         return os.system, (f"touch {Evil.path}",)
@@ -580,10 +473,6 @@ def compressed(source):
     (source / "repacked").rename(path)
 
 
-def no_weights(source):
-    (source / "consolidated.00.pth").unlink()
-
-
 def absent_shard(source):
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
         "a": "model-1.safetensors", "b": "../model-2.safetensors"}}))
@@ -597,16 +486,8 @@ def other_model(source):
     torch.save({"transformer.h.0.weight": torch.ones(2)}, source / "consolidated.00.pth")
 
 
-def a_list(source):
-    torch.save([torch.ones(2)], source / "consolidated.00.pth")
-
-
 def foreign_tokenizer(source):
     shutil.copy(ROOT / "tiny" / "tokenizer.model", source)
-
-
-def broken_tokenizer(source):
-    (source / "tokenizer.model").write_bytes(b"no tokenizer")
 
 
 @pytest.mark.parametrize("spoil, word", [
@@ -618,10 +499,10 @@ def broken_tokenizer(source):
     (change_pickle(norm__weight=torch.ones(24).bfloat16()), "--dtype"),
     (change_pickle(layers__0__feed_forward__gate__weight=None), "gate"),
     (repeated_name, "norm.weight"), (truncated, "consolidated.00.pth"),
-    (truncated_safetensors, "consolidated.safetensors"), (code_in_pickle, "consolidated.00.pth"),
-    (compressed, "consolidated.00.pth"), (absent_shard, "model-2.safetensors"),
-    (odd_index, "model.safetensors.index.json"), (no_weights, "no weights here"),
-    (other_model, "transformer.h.0.weight"), (a_list, "consolidated.00.pth"),
+    (code_in_pickle, "consolidated.00.pth"), (compressed, "consolidated.00.pth"),
+    (absent_shard, "model-2.safetensors"), (odd_index, "model.safetensors.index.json"),
+    (lambda source: (source / "consolidated.00.pth").unlink(), "no weights here"),
+    (other_model, "transformer.h.0.weight"), (foreign_tokenizer, "tokenizer.model"),
     (lambda source: (source / "params.json").unlink(), "params.json"),
     (change_params(hidden_dim=None, norm_eps=None), "hidden_dim, norm_eps"),
     (change_params(sliding_window="wide"), "sliding_window"),
@@ -629,8 +510,7 @@ def broken_tokenizer(source):
     (change_params(dim="x", head_dim=None), "params.json"),
     (change_params(n_layers=10**9), "num_hidden_layers"),
     (change_params(moe={"num_experts": 10**9}), "num_local_experts"),
-    (change_params(dim=48), "tok_embeddings.weight"),
-    (foreign_tokenizer, "tokenizer.model"), (broken_tokenizer, "tokenizer.model")])
+    (change_params(dim=48), "tok_embeddings.weight")])
 def test_a_spoilt_input_is_refused_in_one_line_that_names_the_problem(
         spoil, word, tmp_path, out, capsys):
     source = mistral_pickle(random_model(dtype=torch.float32), tmp_path / "raw")

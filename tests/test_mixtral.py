@@ -1,10 +1,8 @@
 """Claims about mixtral.py: the main claims come first, error handling last."""
 
 import dataclasses
-import doctest
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import reference
@@ -13,22 +11,12 @@ from conftest import SMALL, random_model, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_convert import growth, large_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixtral
 from convert import write_safetensors
-from mixtral import (
-    Mixtral,
-    MixtralConfig,
-    RMSNorm,
-    SparseMoE,
-    at_least_float32,
-    attend,
-    rotate,
-    rotation,
-    route,
-    visible,
-)
+from mixtral import Mixtral, MixtralConfig, RMSNorm, attend, rotate, rotation, route, visible
 
 
 @pytest.fixture(autouse=True)
@@ -119,14 +107,6 @@ def test_any_chunking_is_one_pass(window, chunk, cuts):
     assert relative_error(torch.cat(parts, 1), model(tokens)) < 1e-12
 
 
-@pytest.mark.parametrize("window, chunk", [(None, 64), (1, 1), (5, 1), (5, 3), (5, 64)])
-def test_one_token_at_a_time_is_one_pass_through_many_wraps(window, chunk):
-    model, tokens = random_model(sliding_window=window), torch.arange(60)[None] % 37
-    cache = model.new_cache(1, 60, chunk)
-    steps = torch.cat([model(tokens[:, n:n + 1], cache) for n in range(60)], 1)
-    assert relative_error(steps, model(tokens)) < 1e-12
-
-
 @pytest.mark.claim
 @settings(max_examples=40, deadline=None)
 @given(window=WINDOWS, chunk=st.integers(1, 12), calls=lengths_of_calls(3, 9, 4))
@@ -157,14 +137,6 @@ def test_padding_leaves_no_trace_even_if_it_is_nan(window, chunk, filler):
     assert relative_error(got, torch.stack(wanted)) < 1e-12
 
 
-def test_the_future_never_changes_the_past():
-    model, tokens = random_model(sliding_window=None), torch.arange(20)[None]
-    changed = tokens.clone()
-    changed[0, 12:] = 3
-    assert relative_error(model(tokens)[:, :12], model(changed)[:, :12]) < 1e-14
-    assert relative_error(model(tokens)[:, 12:], model(changed)[:, 12:]) > 0.01
-
-
 def test_last_only_gives_the_logits_after_the_last_real_token_and_computes_no_others():
     model, tokens, widths = random_model(), torch.arange(20).view(2, 10), []
     full = model(tokens)
@@ -176,19 +148,7 @@ def test_last_only_gives_the_logits_after_the_last_real_token_and_computes_no_ot
     assert widths == [1, 1]
 
 
-def test_the_examples_in_the_docstrings_are_true():
-    result = doctest.testmod(mixtral)
-    assert result.attempted == 3 and result.failed == 0
-
-
 # ---------------------------------------------------------------- routing
-
-
-def test_routing_by_hand():
-    logits = torch.tensor([[0.0, math.log(3), -1.0, 0.0], [5.0, 0.0, 0.0, 5.0]]).double()
-    weights, experts = route(logits, 2)
-    assert experts.tolist() == [[1, 0], [0, 3]]
-    assert torch.allclose(weights, torch.tensor([[0.75, 0.25], [0.5, 0.5]]).double(), rtol=1e-15)
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,13 +189,6 @@ def test_the_mixture_is_a_loop_over_tokens_and_a_masked_dense_sum(E, A):
     assert relative_error(dense, loop) < 1e-14
 
 
-def test_with_all_experts_chosen_the_mixture_is_the_dense_sum():
-    moe, x = mixture(4, 4), randn(1, 5, 24)
-    shares = moe.gate(x).softmax(-1)
-    dense = sum(shares[..., e:e + 1] * moe.experts[e](x) for e in range(4))
-    assert relative_error(moe(x), dense) < 1e-14
-
-
 def test_an_expert_is_swiglu_with_w1_as_the_gate():
     expert, x = mixture().experts[0], randn(3, 24)
     gate, up = x @ expert.w1.weight.T, x @ expert.w3.weight.T
@@ -243,42 +196,18 @@ def test_an_expert_is_swiglu_with_w1_as_the_gate():
     assert relative_error(expert(x), wanted) < 1e-14
 
 
-def test_relabelling_experts_changes_nothing():
-    moe, x, order = mixture(), randn(2, 9, 24), [3, 1, 7, 0, 6, 2, 5, 4]
-    relabelled = SparseMoE(MixtralConfig(**SMALL)).double()
-    relabelled.experts = torch.nn.ModuleList(moe.experts[e] for e in order)
-    relabelled.gate.weight.data = moe.gate.weight[order]
-    assert relative_error(relabelled(x), moe(x)) < 1e-14
-
-
-def record_calls(moe):
-    """The expert and the tokens of every call of an expert, as they happen."""
-    calls = []
-    for e, expert in enumerate(moe.experts):
-        expert.register_forward_pre_hook(lambda module, args, e=e: calls.append((e, args[0])))
-    return calls
-
-
-def test_no_token_is_dropped_and_no_idle_expert_runs():
-    moe, x = mixture(), randn(1, 50, 24)
-    moe.gate.weight.data = torch.zeros(8, 24).double()
-    calls = record_calls(moe)
-    y = moe(x)
-    assert [(e, len(tokens)) for e, tokens in calls] == [(0, 50), (1, 50)]
-    assert relative_error(y, (moe.experts[0](x) + moe.experts[1](x)) / 2) < 1e-14
-
-
-def test_the_example_of_the_mixture_gives_the_calls_in_its_docstring():
-    moe, x = mixture(4, 2), torch.zeros(1, 3, 24).double()
+def test_the_example_of_the_mixture_gives_the_calls_in_its_docstring_and_no_idle_expert_runs():
+    moe, x, calls = mixture(5, 2), torch.zeros(1, 3, 24).double(), []
     x[0, range(3), range(3)] = 1  # so token n reads column n of the gate
     moe.gate.weight.zero_()
     for token, choice in enumerate([[1, 3], [0, 1], [3, 2]]):
         moe.gate.weight[choice, token] = torch.tensor([2.0, 1.0]).double()
     assert route(moe.gate(x[0]), 2)[1].tolist() == [[1, 3], [0, 1], [3, 2]]
-    calls = record_calls(moe)
+    for e, expert in enumerate(moe.experts):
+        expert.register_forward_pre_hook(
+            lambda module, args, e=e: calls.append((e, args[0].argmax(-1).tolist())))
     moe(x)
-    ran = [(e, tokens.argmax(-1).tolist()) for e, tokens in calls]
-    assert ran == [(0, [1]), (1, [0, 1]), (2, [2]), (3, [0, 2])]
+    assert calls == [(0, [1]), (1, [0, 1]), (2, [2]), (3, [0, 2])]
 
 
 # ---------------------------------------------------------------- norm, rotation and attention
@@ -300,19 +229,6 @@ def test_rotation_turns_pairs_from_the_two_halves_by_hand():
     wanted = torch.stack((1 * c[0] - 5 * s[0], 2 * c[1] - 7 * s[1],
                           5 * c[0] + 1 * s[0], 7 * c[1] + 2 * s[1]))
     assert torch.allclose(rotate(x, cos, sin).flatten(), wanted, rtol=1e-15)
-
-
-@settings(max_examples=50, deadline=None)
-@given(m=st.integers(0, 5000), n=st.integers(0, 5000), shift=st.integers(0, 5000))
-def test_scores_depend_on_distance_only_and_norms_are_kept(m, n, shift):
-    q, k = randn(1, 1, 1, 8, seed=1), randn(1, 1, 1, 8, seed=2)
-
-    def turned(x, position):
-        return rotate(x, *rotation(torch.tensor([[position]]), 8, 1e4))
-
-    near, moved = ((turned(q, m + s) * turned(k, n + s)).sum() for s in (0, shift))
-    assert math.isclose(near, moved, rel_tol=1e-9, abs_tol=1e-9)
-    assert math.isclose(turned(q, m).norm(), q.norm(), rel_tol=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -346,14 +262,6 @@ def test_attention_is_the_explicit_formula_for_every_head(H, K, window):
     assert relative_error(got, explicit(q, k, v, seen)) < 1e-14
 
 
-def test_query_head_13_of_32_uses_key_value_head_3_of_8():
-    """Only key/value head 3 has values that are not zero; query heads 12 to 15 notice."""
-    q, k, v = randn(1, 5, 32, 2), randn(1, 7, 8, 2), torch.zeros(1, 7, 8, 2).double()
-    v[:, :, 3] = 1
-    mixed = attend(q, k, v, torch.ones(1, 1, 5, 7, dtype=torch.bool)).view(1, 5, 32, 2)
-    assert mixed.abs().amax(dim=(0, 1, 3)).nonzero()[:, 0].tolist() == [12, 13, 14, 15]
-
-
 # ---------------------------------------------------------------- cache
 
 
@@ -382,15 +290,6 @@ def test_slot_s_holds_the_latest_position_that_is_s_mod_c(W, chunk, data):
     keys, values = cache.keys[1], cache.values[1]
     assert torch.equal(keys, stored.clamp(0)[:, :, None, None].expand(2, C, 2, 4))
     assert torch.equal(values, -keys) and not cache.keys[0].any()
-
-
-def test_slot_3_of_128_holds_position_259_after_300_single_tokens():
-    cache, held = tiny_cache(128, 1, 300, chunk=1), []
-    assert cache.positions.shape == (1, 128)
-    for n in range(300):
-        cache.reserve(torch.tensor([[n]]), torch.tensor([1]))
-        held.append(cache.positions[0, 3].item())
-    assert sorted(set(held)) == [-1, 3, 131, 259] and held[-1] == 259
 
 
 @settings(max_examples=60, deadline=None)
@@ -480,12 +379,6 @@ def test_counting_positions_never_reads_numbers_from_the_device_of_the_model():
     assert cache.tokens_read.tolist() == [8, 4]
 
 
-def test_only_16_bit_floats_are_widened():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert at_least_float32(torch.ones(1, dtype=dtype)).dtype == torch.float32
-    assert at_least_float32(torch.ones(1, dtype=torch.float64)).dtype == torch.float64
-
-
 def is_rounded_once(got, exact, slack):
     """Half a unit in the last place, and `slack` for what float32 loses before the rounding."""
     info = torch.finfo(got.dtype)
@@ -526,14 +419,6 @@ def test_the_weighted_sum_of_the_experts_is_rounded_once(dtype):
 
 
 @NARROW
-def test_router_weights_are_computed_in_float32(dtype):
-    logits = randn(200, 8).to(dtype)
-    weights, experts = route(logits, 3)
-    exact = logits.double().gather(1, experts).softmax(dim=-1)
-    assert weights.dtype == torch.float32 and relative_error(weights, exact) < 3e-7
-
-
-@NARROW
 def test_the_norm_is_computed_in_float32_and_rounded_before_and_after_its_weight(dtype):
     norm, x = RMSNorm(24, 1e-5).to(dtype), randn(200, 24).to(dtype)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + norm.eps).sqrt()
@@ -564,16 +449,6 @@ def test_rotation_is_computed_in_float32_and_rounded_once(dtype, start):
     exact = torch.cat((a * c - b * s, b * c + a * s), dim=-1)
     assert rotate(x, cos, sin).dtype == dtype
     assert is_rounded_once(rotate(x, cos, sin), exact, 2e-6)
-
-
-def test_a_float32_angle_near_position_30000_is_wrong_by_up_to_2e_3_radians():
-    positions, i = torch.arange(30_000, 32_768), torch.arange(0, 128, 2)
-    exact = positions[:, None] * 1e6 ** (-i.double() / 128)
-    narrow = positions[:, None].float() * 1e6 ** (-i.float() / 128)
-    assert 1.5e-3 < (narrow.double() - exact).abs().max() < 2e-3
-    for ours, wanted in zip(rotation(positions[None], 128, 1e6), (exact.cos(), exact.sin()),
-                            strict=True):
-        assert relative_error(ours[0, :, 0], wanted) < 1e-11
 
 
 @NARROW
@@ -610,11 +485,6 @@ def test_config_files_of_transformers_4_and_5_mean_the_same():
     assert MixtralConfig.from_dict({"sliding_window": 4096}).sliding_window == 4096
 
 
-def test_a_config_cannot_change():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        MixtralConfig().hidden_size = 1
-
-
 TOKENS = torch.tensor([[1, 2, 3]])
 
 
@@ -639,22 +509,10 @@ def test_a_checkpoint_in_several_files_loads_as_one(checkpoint):
     assert relative_error(model(TOKENS), random_model()(TOKENS)) < 1e-14
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
-    """Anonymous memory grows by less than a fifth of the checkpoint."""
-    def anonymous():
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0]) * 1024
-
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "head_dim": 32}
-    model = random_model(dtype=torch.float32, **sizes)
-    size = sum(weight.nbytes for weight in model.parameters())
-    save(model, tmp_path / "model")
-    del model
-    before = anonymous()
-    loaded = Mixtral.from_pretrained(tmp_path / "model")
-    assert anonymous() - before < size / 5 and size > 70e6
-    assert loaded.lm_head.weight.dtype == torch.float32
+    place, loaded = save(large_model(), tmp_path / "model"), []
+    assert growth(lambda: loaded.append(Mixtral.from_pretrained(place))) < 20_000
+    assert loaded[0].lm_head.weight.dtype == torch.float32
 
 
 # ---------------------------------------------------------------- what is refused
@@ -716,32 +574,13 @@ def test_a_tensor_in_two_files_is_refused(checkpoint):
         Mixtral.from_pretrained(checkpoint)
 
 
-def test_a_dtype_makes_mixed_weights_alike(checkpoint):
-    tensors = load_file(checkpoint / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].bfloat16()
-    write_safetensors(checkpoint / "model.safetensors", tensors)
-    model = Mixtral.from_pretrained(checkpoint, torch.float32)
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-
-
-def test_a_truncated_file_is_refused_by_name(checkpoint):
-    file = checkpoint / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="model.safetensors"):
-        Mixtral.from_pretrained(checkpoint)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, ""])
-def test_a_broken_config_is_refused_by_name(checkpoint, text):
-    (checkpoint / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="config.json"):
-        Mixtral.from_pretrained(checkpoint)
-
-
-def test_a_missing_config_and_missing_weights_are_refused_by_name(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no model\*.safetensors; see convert.py"):
-        Mixtral.from_pretrained(checkpoint)
-    (checkpoint / "config.json").unlink()
-    with pytest.raises(ValueError, match="config.json.*No such file"):
+@pytest.mark.parametrize("file, content", [
+    ("config.json", "{"), ("config.json", "[]"), ("config.json", "[" * 100_000),
+    ("config.json", ""), ("config.json", None), ("model.safetensors", "short"),
+    ("model.safetensors", None)])
+def test_a_broken_or_missing_file_is_refused_by_name(file, content, checkpoint):
+    (checkpoint / file).unlink()
+    if content is not None:
+        (checkpoint / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"{file}|no model\*.safetensors"):
         Mixtral.from_pretrained(checkpoint)

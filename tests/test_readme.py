@@ -24,7 +24,8 @@ def run_document(text):
     """Run the examples of a document in a copy of the repository: {line: output}."""
     with tempfile.TemporaryDirectory() as directory:
         place = readme.workplace(Path(directory))
-        return {example.line: readme.run(place, example) for example in readme.examples(text)}
+        return {example.line: readme.run(place, example) for example in readme.examples(text)
+                if readme.works_here(example)}
 
 
 RUNS = {name: partial(run_document, text) for name, text in TEXTS.items()}
@@ -34,6 +35,8 @@ RUNS = {name: partial(run_document, text) for name, text in TEXTS.items()}
     pytest.param(example, marks=pytest.mark.beside(run=RUNS[name]), id=f"{name}:{example.line}")
     for name, example in EXAMPLES])
 def test_an_example_prints_what_the_document_shows(beside, example):
+    if not readme.works_here(example):
+        pytest.skip("needs the folder fast/")
     output = beside[example.line]
     assert readme.matches(example.shown, output), (example.command, example.shown, output)
 
@@ -41,7 +44,7 @@ def test_an_example_prints_what_the_document_shows(beside, example):
 def test_the_readme_is_short_and_has_python_and_console_examples():
     commands = [example.command for name, example in EXAMPLES if name == "README.md"]
     assert 0 < sum(command.startswith("python -") for command in commands) < len(commands)
-    assert TEXTS["README.md"].count("\n") <= 215
+    assert TEXTS["README.md"].count("\n") <= 150
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -53,7 +56,8 @@ def test_every_test_and_every_file_that_a_document_names_exists(name):
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", prose):
         assert ((ROOT / name).parent / target).exists(), target
     for path in re.findall(r"(?<![\w/(])((?:tests|tiny|fast)/[\w./]*\w)", prose):
-        assert (ROOT / path).exists() or path.startswith("tiny/state"), path
+        optional = path.startswith("tiny/state") or not (ROOT / "fast").exists()
+        assert (ROOT / path).exists() or optional, path
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -11,6 +11,7 @@ from gpu import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fast
 from fast import cuda
 from mixtral import SparseMoE, attend, visible
 
@@ -239,8 +240,10 @@ def test_the_prepared_model_has_the_same_weights_once():
         assert list(weights) == list(plain.state_dict())
         for name, weight in plain.state_dict().items():
             assert torch.equal(weights[name], weight)
+        merged = [w for layer in fast.model.layers for w in (
+            *layer.self_attn.qkv, *layer.block_sparse_moe.w13, *layer.block_sparse_moe.w2)]
         stored = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
-                  for w in weights.values()}
+                  for w in (*weights.values(), *merged)}
         assert sum(stored.values()) == sum(w.nbytes for w in plain.state_dict().values())
 
 
@@ -265,6 +268,37 @@ def test_attention_in_parts_equals_attend(B, S, T, K, ratio, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "MASK_SIZE", size)
         assert relative_error(cuda.attend_masked(q, k, v, mask), attend(q, k, v, mask)) < 1e-12
+
+
+def test_the_mask_of_a_long_prompt_stays_small(monkeypatch):
+    sizes, product = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(cuda, "MASK_SIZE", 100)
+    monkeypatch.setattr(cuda.F, "scaled_dot_product_attention",
+                        lambda q, k, v, mask: sizes.append(mask.numel()) or product(q, k, v, mask))
+    q, k, mask = torch.ones(2, 30, 6, 4), torch.ones(2, 7, 2, 4), torch.ones(2, 1, 30, 7) > 0
+    cuda.attend_masked(q, k, k, mask)
+    assert len(sizes) == 15 and max(sizes) <= 100
+
+
+def test_a_plain_prompt_takes_no_mask_and_one_that_leaves_the_window_takes_one(monkeypatch):
+    masked, product = [], cuda.attend_masked
+    monkeypatch.setattr(cuda, "attend_masked", lambda *args: masked.append(1) or product(*args))
+    for window, length, masks in (None, 9, 0), (9, 9, 0), (8, 9, 2):  # one for each layer
+        pair = Pair(1, 20, chunk=9, sliding_window=window)
+        masked.clear()
+        pair.call(random_tokens(1, length), [length])
+        assert len(masked) == masks
+
+
+def test_a_hook_on_a_router_sees_every_step():
+    """generate.py --experts has one. A graph would replay the kernels without it."""
+    _, fast = model_pair()
+    seen, cache = [], fast.new_cache(1, 9)
+    fast.model.layers[1].block_sparse_moe.gate.register_forward_hook(lambda *_: seen.append(1))
+    read = cuda.reader(fast, cache)
+    for _ in range(4):
+        read(random_tokens(1, 1), torch.tensor([1]))
+    assert len(seen) == 4 and not hasattr(cache, "step")
 
 
 def test_layers_that_are_not_alike_stay_as_they_are():
@@ -296,16 +330,26 @@ def test_a_model_split_over_devices_runs_its_modules_with_their_hooks():
     assert len(calls) == 6 and not hasattr(cache, "step")
 
 
-def test_without_triton_or_on_an_old_gpu_the_batch_path_remains(monkeypatch):
+def test_the_kernels_are_for_gpus_since_compute_capability_8(monkeypatch):
+    capability, found = [(8, 0)], object()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
+    monkeypatch.setitem(sys.modules, "fast.kernels", found)
+    monkeypatch.setattr(fast, "kernels", found, raising=False)
+    assert cuda.triton_kernels(torch.device("cuda")) is found
+    assert cuda.triton_kernels(torch.device("cpu")) is None
+    capability[0] = (7, 5)
+    assert cuda.triton_kernels(torch.device("cuda")) is None
+
+
+def test_without_triton_the_batch_path_remains():
     code = """
 import sys
 sys.modules["triton"] = None
 import torch
 from fast import cuda
 torch.version.cuda = "13.0"
-for capability in ((7, 5), (9, 0)):
-    torch.cuda.get_device_capability = lambda device: capability
-    assert cuda.triton_kernels(torch.device("cuda")) is None
-assert cuda.triton_kernels(torch.device("cpu")) is None
+torch.cuda.get_device_capability = lambda device: (9, 0)
+assert cuda.triton_kernels(torch.device("cuda")) is None
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

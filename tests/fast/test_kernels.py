@@ -110,8 +110,37 @@ def test_of_equal_router_logits_the_lower_index_wins_in_whole_steps(with_kernels
     torch.manual_seed(0)
     model = small_model(DEVICE, torch.float32, num_hidden_layers=1)
     gate = model.model.layers[0].block_sparse_moe.gate.weight
-    gate[1:3] = gate[0]  # experts 0, 1 and 2 are always equal; two of the four experts are chosen
+    gate[:3] = 0  # experts 0, 1 and 2 always have the logit 0; two of four experts are chosen
     assert_steps_equal_the_plain_model(model, steps=3)
+
+
+def test_a_text_that_has_ended_stores_nothing(with_kernels):
+    model = cuda.prepare(small_model(DEVICE, torch.float32, num_hidden_layers=1))
+    cache = model.new_cache(1, 5)
+    read, token = cuda.reader(model, cache), torch.tensor([[3]], device=DEVICE)
+    read(token, torch.tensor([1]))
+    keys = cache.keys.clone()
+    read(token, torch.tensor([0]))
+    assert torch.equal(cache.keys, keys) and cache.positions.tolist() == [[0, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("change", ["float64", "attention", "one layer"])
+def test_other_models_take_the_batch_path(with_kernels, change):
+    """In float64, or with layers in 4 bits where the kernels expect 16, or the reverse."""
+    sizes = {"group_size": 32, "hidden_size": 128, "intermediate_size": 128}
+    model = small_model(DEVICE, torch.float64 if change == "float64" else torch.float32, **sizes)
+    layer = model.model.layers[1]
+    if change == "attention":
+        layer.self_attn.o_proj = copy.deepcopy(layer.block_sparse_moe.experts[0].w1)
+    if change == "one layer":
+        other = small_model(DEVICE, torch.float32, **sizes | {"group_size": None})
+        layer.block_sparse_moe = other.model.layers[1].block_sparse_moe
+    assert cuda.chosen_kernels(cuda.prepare(model)) == (None, None)
+
+
+def test_weights_in_float64_are_not_unpacked_in_float32(with_kernels):
+    assert cuda.unpacker(torch.device(DEVICE), torch.float64) is unpack
+    assert cuda.unpacker(torch.device(DEVICE), torch.float32) is kernels_int4.unpack
 
 
 # ---------------------------------------------------------------- 16 bits, kernel by kernel
@@ -159,7 +188,7 @@ def test_attend_sees_the_slots_in_the_window_and_no_others(H, K, d, C, W, dtype)
     positions[60] = now + 5
     q, (keys, values) = randn(1, 1, H, d, dtype=dtype), randn(2, 1, C, K, d, dtype=dtype)
     mask = visible(torch.tensor([[now]], device=DEVICE), positions[None], W)[:, None]
-    expected = cuda.attend(q, keys, values, mask)[0, 0]
+    expected = cuda.attend_masked(q, keys, values, mask)[0, 0]
     hidden = ~mask[0, 0, 0]
     keys[0, hidden], values[0, hidden] = float("nan"), float("nan")
     at = torch.tensor([now], device=DEVICE)
@@ -167,13 +196,19 @@ def test_attend_sees_the_slots_in_the_window_and_no_others(H, K, d, C, W, dtype)
 
 
 @pytest.mark.parametrize("E, A", [(8, 2), (6, 3), (3, 1), (4, 4)])
-def test_route(E, A, dtype):
+@pytest.mark.parametrize("logits", ["negative", "equal"])
+def test_route(E, A, dtype, logits):
+    """Two rows of zeros have equal logits, without a rounding error. The first of them wins."""
     D = 40
     x, gate, norm = randn(D, dtype=dtype), randn(E, D, dtype=dtype, seed=1), random_norm(D, dtype)
-    gate[E // 2] = gate[0]  # equal logits, of which the first wins
-    y, chosen, share = kernels.route(x, norm, gate, A)
+    y = norm(x)
+    if logits == "equal":
+        gate[0] = gate[E // 2] = 0
+    else:
+        gate -= 20 / (y @ y) * y
+    result, chosen, share = kernels.route(x, norm, gate, A)
     weights, experts = route(F.linear(y, gate)[None], A)
-    assert_close(y, norm(x), dtype)
+    assert_close(result, y, dtype)
     assert chosen.tolist() == experts[0].tolist()
     assert_close(share, weights[0], dtype)
 

@@ -292,7 +292,7 @@ def test_token_ids_need_no_tokenizer_and_a_checkpoint_keeps_its_dtype(command, t
 @pytest.mark.parametrize("options, words", [
     (["--layers", "0,6"], "layers must be in 0 … 5, got 6"),
     (["--output", "absent/trace"], "absent/trace: not written"),
-    (["--output", "."], ".: not written"),
+    (["--output", "."], "not written"),
     (["--model", "absent"], "absent"),
     (["--prompt", "\udcff"], "lone surrogate")])
 def test_what_cannot_be_traced_is_refused_in_one_line(options, words, tmp_path, monkeypatch,
@@ -307,7 +307,7 @@ def test_what_cannot_be_traced_is_refused_in_one_line(options, words, tmp_path, 
 def test_ids_outside_the_vocabulary_are_refused_in_one_line(command, capsys):
     assert command("--tokens", "1,2048") == 1
     error = capsys.readouterr().err
-    assert "0 … 2047, got 2048" in error and error.count("\n") == 1
+    assert "0 … 2047" in error and "2048" in error and error.count("\n") == 1
     assert not os.listdir()
 
 

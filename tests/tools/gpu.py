@@ -162,6 +162,7 @@ def measure_rates(report):
     report.copy_rate = 2 * size / seconds(device, partial(x[0].copy_, x[1]), 10)
     a, b = torch.randn(2, n, n, device=device).bfloat16()
     report.product_rate = 2 * n**3 / seconds(device, partial(torch.matmul, a, b), 10)
+    x = a = b = None
     report.add("copy", report.copy_rate / 1e9, "GB/s", note=device_name(report.args.device))
     report.add("bfloat16 product", report.product_rate / 1e12, "TFLOP/s")
     forget()

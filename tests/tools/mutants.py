@@ -46,7 +46,7 @@ FILES = {  # the size of the sample, and the tests, of which those that find mos
     "fast/__init__.py": (4, ["tests/fast", "tests/test_generate.py"]),
     "fast/cpu.py": (8, ["tests/fast/test_cpu.py"]),
     "fast/int4.py": (12, ["tests/fast/test_int4.py"]),
-    "fast/memory.py": (6, ["tests/fast/test_cpu.py", "tests/test_generate.py"]),
+    "fast/memory.py": (6, ["tests/fast/test_memory.py", "tests/test_generate.py"]),
     "fast/ranks.py": (6, ["tests/fast/test_ranks.py"])}
 EQUIVALENT = {}  # {(line, new line): the reason why no result changes}
 ENOUGH = 0.93  # of the mutants must be killed
