@@ -199,6 +199,7 @@ class Completion:
         return text
 
     def _release(self, text, hold):
+        """Add decoded text, and return all that is new but for the last `hold` characters."""
         self.text += text
         ends = [(at + len(stop), at) for stop in self.stops
                 if (at := self.text.find(stop, self.released)) >= 0]
@@ -212,9 +213,8 @@ class Completion:
 class Chat:
     """A conversation with an instruct model; each turn reads only the tokens that are new.
 
-    The cache holds the tokens `ids`. If those of the next turn do not begin with them, the
-    conversation is read again. That happens only with v2 and v3 tokenizers, which move the system
-    text to the latest user message.
+    The cache holds the tokens `ids`. If the next turn does not begin with them, all is read again.
+    This happens only with v2 and v3 tokenizers, which move the system text to the last message.
     """
 
     def __init__(self, model, tokenizer, system="", **sampling):
@@ -404,8 +404,7 @@ def print_summary(model, completions, prompt_tokens, prefill, decode):
 def print_experts(args, tokenizer, model, prompt, options):
     """Print one text as it grows, and with each token its strongest expert in one layer.
 
-    The router chooses the experts of a token when the model reads it, one step after it was drawn.
-    So there is one more step, which reads the last token.
+    The router sees a token one step after it was drawn, so there is one step more than tokens.
     """
     layers, E, decoder = model.model.layers, model.config.num_local_experts, tokenizer.stream()
     layer = len(layers) // 2 if args.experts is None else args.experts

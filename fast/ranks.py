@@ -49,12 +49,8 @@ def part(name, weight, rank, ranks):
     """The share of one rank of a weight, or all of it if it is not split."""
     layer, kind = ("." + name).split(".")[-2:]
     side = SIDE.get(layer)
-    if side is None:
+    if side is None or kind == "weight_shape":  # the two sizes of a 4-bit matrix are not used
         return weight
-    if kind == "weight_shape":  # rows and columns of a 4-bit weight
-        sizes = weight.tolist()
-        sizes[side] //= ranks
-        return torch.tensor(sizes)
     if weight.shape[side] % ranks:
         unit = "groups" if kind == "weight_scale" else "rows or columns"
         raise ValueError(f"{name}: {ranks} ranks do not divide its {weight.shape[side]} {unit}")
