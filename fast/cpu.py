@@ -66,8 +66,13 @@ class TunedLinear(nn.Linear):
 
 
 def product(weight, x):
-    """F.linear(x, weight), by oneDNN for large float32 weights if no gradient is needed."""
-    if (weight.dtype != torch.float32 or weight.numel() < SMALL_WEIGHT
+    """F.linear(x, weight), by oneDNN for large float32 weights if no gradient is needed.
+
+    On the Xeon with AMX, oneDNN takes 0.65 to 0.9 of the time from 4 rows on, but 1.1 to 1.4 times
+    as long for 1 or 2.
+    """
+    few = HAS_AMX and x.numel() <= 2 * x.shape[-1]
+    if (few or weight.dtype != torch.float32 or weight.numel() < SMALL_WEIGHT
             or x.requires_grad or weight.requires_grad):
         return F.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
