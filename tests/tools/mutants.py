@@ -43,8 +43,9 @@ FILES = {  # the size of the sample, and the tests, of which those that find mos
     "tokenizer.py": (20, ["tests/test_tokenizer.py", "tests/test_damage.py"]),
     "generate.py": (25, ["tests/test_generate.py", "tests/test_damage.py"]),
     "convert.py": (25, ["tests/test_convert.py", "tests/test_damage.py"]),
-    "fast/__init__.py": (4, ["tests/fast", "tests/test_generate.py"]),
+    "fast/__init__.py": (4, ["tests/test_generate.py", "tests/fast/test_cpu.py"]),
     "fast/cpu.py": (8, ["tests/fast/test_cpu.py"]),
+    "fast/cuda.py": (8, ["tests/fast/test_cuda.py"]),
     "fast/int4.py": (12, ["tests/fast/test_int4.py"]),
     "fast/memory.py": (6, ["tests/fast/test_memory.py", "tests/test_generate.py"]),
     "fast/ranks.py": (6, ["tests/fast/test_ranks.py"])}
