@@ -55,15 +55,17 @@ def test_tuned_products_are_exact_but_for_one_rounding(
         assert ((y.double() - exact).abs() <= bound).all(), rows
 
 
-@pytest.mark.parametrize("dtype, rows, outputs, wanted", [
-    (torch.bfloat16, 1, 40, "mv"), (torch.bfloat16, 4, 1040, "F.linear"),
-    (torch.bfloat16, 5, 1040, "oneDNN"), (torch.bfloat16, 5, 40, "F.linear"),
-    (torch.float32, 1, 40, "sum"), (torch.float32, 1, 1040, "oneDNN"),
-    (torch.float32, 9, 40, "F.linear"), (torch.float32, 9, 1040, "oneDNN"),
-    (torch.float64, 1, 40, "sum"), (torch.float64, 9, 1040, "F.linear")])
-def test_each_shape_gets_its_product(monkeypatch, dtype, rows, outputs, wanted):
+@pytest.mark.parametrize("dtype, rows, outputs, amx, wanted", [
+    (torch.bfloat16, 1, 40, False, "mv"), (torch.bfloat16, 4, 1040, False, "F.linear"),
+    (torch.bfloat16, 5, 1040, False, "oneDNN"), (torch.bfloat16, 5, 40, False, "F.linear"),
+    (torch.float32, 1, 40, False, "sum"), (torch.float32, 1, 1040, False, "oneDNN"),
+    (torch.float32, 2, 1040, True, "F.linear"), (torch.float32, 3, 1040, True, "oneDNN"),
+    (torch.float32, 9, 40, False, "F.linear"), (torch.float32, 9, 1040, False, "oneDNN"),
+    (torch.float64, 1, 40, False, "sum"), (torch.float64, 9, 1040, False, "F.linear")])
+def test_each_shape_gets_its_product(monkeypatch, dtype, rows, outputs, amx, wanted):
     """On a CPU that multiplies no 16-bit floats, where these are widened for 5 rows or more."""
     monkeypatch.setattr(cpu, "has_arithmetic", lambda dtype: False)
+    monkeypatch.setattr(cpu, "HAS_AMX", amx)
     layer = tuned(nn.Linear(528, outputs, bias=False, dtype=dtype))
     with torch.profiler.profile() as profile:
         layer(torch.ones(rows, 528, dtype=dtype))
