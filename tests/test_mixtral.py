@@ -481,7 +481,7 @@ def test_config_files_of_transformers_4_and_5_mean_the_same():
         {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "unknown": 1})
     assert old == new and old.rope_theta == 5e5 and old.head_dim == 128
     assert MixtralConfig.from_dict({}) == MixtralConfig()
-    assert MixtralConfig.from_dict({}).rope_theta == 1e6
+    assert MixtralConfig().rope_theta == 1e6 and MixtralConfig().num_experts_per_tok == 2
     assert MixtralConfig.from_dict({"sliding_window": 4096}).sliding_window == 4096
 
 
@@ -523,6 +523,7 @@ def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
     ({"num_attention_heads": 8192}, "head_dim"), ({"hidden_size": 4096.0}, "hidden_size"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok"), ({"vocab_size": None}, "vocab_size"),
     ({"num_experts_per_tok": 0}, "num_experts_per_tok"), ({"vocab_size": True}, "vocab_size"),
+    ({"sliding_window": 0}, "sliding_window"), ({"sliding_window": "9"}, "sliding_window"),
     ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "llama"}, "llama"),
     ({"rope_scaling": {"type": "yarn"}}, "yarn"),
     ({"rope_parameters": {"rope_type": "linear"}}, "linear")])

@@ -6,7 +6,6 @@
     bfloat16   8x7B, or as many of its layers as fit: decode, batches, prefill, memory
     int4       the same with experts in 4 bits
     peer       8 layers, beside transformers if it is installed
-    tiles      other tiles of the products and of the 4-bit kernels; not measured by default
 
 The weights are random and made on the card. Results are printed as they come, and the JSON file is
 written again after every section, so that nothing is lost if the time runs out.
@@ -294,7 +293,7 @@ def decode(report, model, name, rows, slots, steps=30):
         for layer in tensor:
             layer.normal_()
     cache.positions[:] = torch.arange(slots)
-    cache.positions[:, slots - steps - 1:] = -1  # one more for the profile
+    cache.positions[:, slots - steps:] = -1
     read, tokens = cuda.reader(model, cache), torch.ones(rows, 1, dtype=torch.int64, device=device)
     taken, lengths = [], torch.ones(rows, dtype=torch.int64)
     for _ in range(steps):
@@ -307,17 +306,6 @@ def decode(report, model, name, rows, slots, steps=30):
     texts = "1 text" if rows == 1 else f"{rows} texts"
     report.add(f"{name}, decode of {texts}, {slots:,} slots", rows / taken, "tokens/s", limit,
                note=f"{taken * 1e3:.2f} ms a step")
-    return lambda: read(tokens, lengths)
-
-
-def profile(f):
-    """Print which kernels one call takes most of its time for."""
-    with torch.profiler.profile() as profiler:
-        f()
-        torch.cuda.synchronize()
-    events = [e for e in profiler.key_averages() if e.self_device_time_total]
-    for e in sorted(events, key=lambda e: -e.self_device_time_total)[:12]:
-        print(f"    {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} × {e.key:.80}")
 
 
 def prefill(report, model, name, length):
@@ -366,10 +354,7 @@ def measure(report, name, dtype, group_size, per_layer, contexts, batches, lengt
     name, weights = f"{model.config.num_hidden_layers} layers, {name}", weight_bytes(model)
     report.add(f"{name}, weights made", time.perf_counter() - start, "s")
     peak_memory(report, f"{name}, preparation", weights)
-    step = decode(report, model, name, 1, contexts[0], 60)
-    if report.args.profile:
-        profile(step)
-    del step
+    decode(report, model, name, 1, contexts[0], 60)
     prefill(report, model, name, 4096)
     peak_memory(report, name, weights)
     for slots in contexts[1:]:
@@ -443,53 +428,9 @@ def their_decode(report, theirs, how, rows):
                note=f"{taken * 1e3:.2f} ms a step")
 
 
-def tiles(report):
-    """Rates of the kernels of one layer with other tiles, as GB/s of the weights."""
-    from fast import kernels, kernels_int4
-    model = large_model("cuda", model_config(report.args, 3))
-    x = torch.randn(4096, device="cuda").bfloat16()
-    h = torch.randn(2, 14336, device="cuda").bfloat16()
-    share = torch.tensor([0.6, 0.4], device="cuda")
-    choices = [torch.tensor(pair, dtype=torch.int32, device="cuda") for pair in ((1, 6), (3, 4))]
-    moes = [layer.block_sparse_moe for layer in model.model.layers]
-
-    def rate(what, size, f):
-        graph = torch.cuda.CUDAGraph()
-        f()
-        with torch.cuda.graph(graph):
-            f()
-        report.add(what, size / seconds("cuda", graph.replay, 10) / 1e9, "GB/s")
-
-    def every(function, *args):
-        def run():
-            for moe in moes:
-                for chosen in choices:
-                    function(moe, chosen, *args)
-        return run
-
-    pair = 2 * len(moes) * 2 * 4096 * 14336  # weights of w2 that a run reads
-    rate("gate_up", 2 * pair * 2, every(lambda moe, e: kernels.gate_up(x, e, *moe.w13)))
-    rate("down", pair * 2, every(lambda moe, e: kernels.down(h, e, share, x, *moe.w2)))
-    rate("product q, k, v", 12 * 3 * 6144 * 4096 * 2, lambda: [
-        kernels.product(layer.self_attn.qkv[0][0], x) for layer in list(model.model.layers) * 12])
-    del model, moes
-    forget()
-    model = large_model("cuda", model_config(report.args, 3), group_size=128)
-    moes = [layer.block_sparse_moe for layer in model.model.layers]
-    for sizes in ((64, 64, 4), (64, 32, 4), (64, 128, 4), (32, 64, 2), (32, 128, 2), (16, 64, 1),
-                  (16, 128, 1), (128, 64, 8), (128, 32, 4), (128, 64, 4)):
-        kernels_int4.ROWS, kernels_int4.WORDS, kernels_int4.WARPS = sizes
-        rate(f"gate_up in 4 bits, tile {sizes}", 2 * pair * 0.515625,
-             every(lambda moe, e: kernels_int4.gate_up(x, e, *moe.w13)))
-        for programs in 512, 1024, 2048:
-            kernels_int4.PROGRAMS = programs
-            rate(f"down in 4 bits, tile {sizes}, {programs} programs", pair * 0.515625,
-                 every(lambda moe, e: kernels_int4.down(h, e, share, x, *moe.w2)))
-
-
 # ------------------------------------------------------------------ the program
 
-SECTIONS = {f.__name__: f for f in (tests, tiny, layers, bfloat16, int4, peer, tiles)}
+SECTIONS = {f.__name__: f for f in (tests, tiny, layers, bfloat16, int4, peer)}
 
 
 def bars(report):
@@ -514,10 +455,9 @@ def bars(report):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description="Check and measure fast/cuda.py on one GPU.")
-    p.add_argument("--sections", default=",".join(name for name in SECTIONS if name != "tiles"),
-                   help=f"some of {','.join(SECTIONS)} (default: all but tiles)")
+    p.add_argument("--sections", default=",".join(SECTIONS),
+                   help="some of %(default)s (default: all)")
     p.add_argument("--layers", type=int, help="at most so many layers (default: all that fit)")
-    p.add_argument("--profile", action="store_true", help="print the kernels of a step")
     p.add_argument("--tiny", action="store_true", help="small sizes, to try this program")
     p.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     p.add_argument("--limit", type=float, default=600, help="start no section after so many s")
