@@ -112,13 +112,6 @@ def test_the_nucleus_is_exactly_the_smallest_set_whose_mass_reaches_top_p(
     assert set(drawn.tolist()) == nucleus
 
 
-@pytest.mark.parametrize("top_p, nucleus", [(1e-9, 1), (0.25, 1), (0.26, 2), (0.5, 2), (1.0, 4)])
-def test_of_equal_logits_the_lower_ids_enter_the_nucleus_first(top_p, nucleus):
-    """Each of four tokens has a mass of exactly 1/4, so both sides of every boundary are tested."""
-    drawn = sample(torch.zeros(5000, 4), 1.0, top_p, random_source(0))
-    assert set(drawn.tolist()) == set(range(nucleus))
-
-
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (1.0, 0.6)])
 def test_draws_are_distributed_as_the_renormalised_nucleus(temperature, top_p):
     """χ² of 40,000 draws over at most five tokens exceeds 24 by chance once in 10⁴ seeds."""
@@ -133,17 +126,6 @@ def test_draws_are_distributed_as_the_renormalised_nucleus(temperature, top_p):
     assert seen[wanted == 0].sum() == 0
     possible = wanted > 0
     assert ((seen - wanted)[possible] ** 2 / wanted[possible]).sum() < 24
-
-
-def test_temperature_zero_takes_the_largest_logit_and_of_equals_the_lowest_id():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [0.0, -1.0, 5.0, 5.0]])
-    assert sample(logits).tolist() == sample(logits, 0.0, 0.5).tolist() == [1, 2]
-
-
-def test_a_tiny_temperature_overflows_nothing():
-    logits = torch.tensor([1e4, 2e4, -1e4, -torch.inf])
-    assert sample(logits, 1e-300, 1.0, random_source(0)) == 1
-    assert sample(logits.to(torch.float16), 5e-324, 0.5, random_source(0)) == 1
 
 
 class Elsewhere:
@@ -238,10 +220,6 @@ def test_log_probabilities_are_those_of_full_passes_before_temperature_and_top_p
             logits = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1:-1]
         wanted = logits.log_softmax(-1)[torch.arange(12), torch.tensor(tokens)]
         assert (torch.tensor(logprobs, dtype=torch.float64) - wanted).abs().max() < 1e-12
-
-
-def test_nothing_to_do_gives_nothing(model):
-    assert generate(model, [], 5) == [] and generate(model, [[1], [2]], 0) == [[], []]
 
 
 # ------------------------------------------------------------------ stop strings
@@ -556,14 +534,6 @@ def test_json_is_one_object_a_line_whatever_the_text(run, loaded):
         assert 0 < each["timings"]["prefill_seconds"] < each["timings"]["decode_seconds"] * 100
 
 
-def test_a_text_that_ends_by_itself_has_the_finish_reason_eos(run, loaded, monkeypatch):
-    tokenizer, model = loaded
-    [new] = generate(model, [tokenizer.encode("One")], 6)
-    monkeypatch.setattr(tokenizer, "eos_id", new[3])
-    [found] = objects(run("--prompt", "One", "--json", "--max-new-tokens", "6")[1])
-    assert (found["tokens"], found["finish_reason"]) == (new[:new.index(new[3]) + 1], "eos")
-
-
 def test_several_prompts_form_one_batch_in_which_each_text_is_as_alone(run, loaded):
     prompts = ["Once upon a time", "The dog", "Once upon a time there was a big"]
     flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
@@ -575,14 +545,6 @@ def test_several_prompts_form_one_batch_in_which_each_text_is_as_alone(run, load
     together = objects(run(*flags, *options, "--json")[1])
     assert [prompt + each["text"] + "\n"
             for prompt, each in zip(prompts, together, strict=True)] == alone
-
-
-def test_a_batch_ends_once_every_text_has_ended(run, loaded):
-    with tokens_read(loaded[1]) as widths:
-        [first, second] = objects(run("--prompt", "a", "--prompt", "b", "--stop", "e", "--stop",
-                                      "a", "--stop", "o", "--json")[1])
-    assert first["finish_reason"] == second["finish_reason"] == "stop"
-    assert len(widths) == max(len(first["tokens"]), len(second["tokens"])) < 100
 
 
 def test_an_interrupted_text_is_printed_as_far_as_it_came(run, loaded):
@@ -647,21 +609,6 @@ def test_on_a_terminal_the_experts_are_colours_with_a_legend(run, loaded, monkey
     assert [numbers[colour] for colour, _ in pieces[:-8]] == digits
 
 
-def test_more_experts_than_colours_are_numbers_on_a_terminal_too(run, small, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    code, out, _ = run("--model", small, "--prompt", "Hello", "--max-new-tokens", "40", "--experts")
-    assert code == 0 and "\x1b" not in out and {"₁₀", "₁₁"} & set(re.findall("[₀-₉]{2}", out))
-    assert out.endswith("experts of layer 0: ₀ ₁ ₂ ₃ ₄ ₅ ₆ ₇ ₈ ₉ ₁₀ ₁₁\n")
-
-
-def test_an_interrupted_text_with_experts_ends_with_the_legend(run, loaded):
-    with interruption(loaded[1], 6):
-        code, out, _ = run("--prompt", "Once upon a time", "--experts")
-    text = re.sub("[₀-₉]", "", out)
-    assert code == 130 and text.startswith(text_after(*loaded, "Once upon a time", 4) + "\n")
-    assert "experts of layer 3" in text
-
-
 @pytest.mark.parametrize("layer", ["-1", "6"])
 def test_a_layer_that_is_not_there_is_refused(run, loaded, layer):
     code, out, told = run("--prompt", "x", "--experts", layer)
@@ -698,17 +645,6 @@ def test_a_conversation_has_commands_and_remembers_its_messages(run, loaded):
     assert "/nothing: unknown; " in told and told.count("\n") == 1 + 1 + 5
     counts = [int(count) for count in re.findall(r"\[(\d+) tokens read .*; 6 written", told)]
     assert len(counts) == 5 and counts[1] < counts[0] == counts[2]  # what a turn reads is counted
-
-
-def test_a_conversation_draws_with_the_flags_given(run, loaded):
-    tokenizer, model = loaded
-    flags = ["--temperature", "1.4", "--top-p", "0.8", "--seed", "4", "--max-new-tokens", "12"]
-    chat = Chat(model, tokenizer, temperature=1.4, top_p=0.8, seed=4)
-    answers = [tokenizer.decode(list(chat.answer(text, 12))) for text in ("Hello", "And?")]
-    assert run("--chat", *flags, stdin="Hello\nAnd?\n")[1] == "".join(a + "\n" for a in answers)
-    stop = answers[0][4:7]
-    out = run("--chat", *flags, "--stop", stop, stdin="Hello\n")[1]
-    assert out == answers[0].split(stop)[0] + "\n"
 
 
 def test_an_interrupted_answer_ends_and_the_conversation_goes_on(run, loaded):
@@ -827,19 +763,6 @@ def test_a_reader_that_goes_away_is_no_error(beside):
     assert beside == (0, b"")
 
 
-def run_on_a_full_disk():
-    with open("/dev/full", "w") as full:
-        process = start("--prompt", "a", "--max-new-tokens", "1", "--json", stdout=full)
-    _, told = process.communicate(timeout=600)
-    return process.returncode, told
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has this device")
-@pytest.mark.beside(run=run_on_a_full_disk)
-def test_a_full_disk_ends_in_one_line(beside):
-    assert beside == (1, b"generate.py: standard output: No space left on device\n")
-
-
 # ------------------------------------------------------------------ bad input
 
 
@@ -885,12 +808,6 @@ def test_more_tokens_than_the_memory_holds_are_refused(run, small):
 def test_logits_from_which_nothing_can_be_drawn_are_refused(logits, temperature):
     with pytest.raises(ValueError, match="logits"):
         sample(torch.tensor(logits), temperature)
-
-
-@pytest.mark.parametrize("prompts", [[[1], []], [[37]], [[-1]], [[1.0]], [[True]]])
-def test_prompts_that_are_not_tokens_are_refused(model, prompts):
-    with pytest.raises(ValueError, match="0 … 36, got"):
-        generate(model, prompts, 3)
 
 
 @pytest.mark.parametrize("options", [

@@ -116,17 +116,6 @@ def test_logits_stay_as_they_are_when_the_next_token_is_read():
     assert torch.equal(first, kept)
 
 
-def test_two_caches_of_one_model_do_not_disturb_each_other():
-    plain, fast = model_pair()
-    caches = [fast.new_cache(1, 20, 4) for _ in range(2)]
-    tokens = random_tokens(2, 12)
-    reads = [cuda.reader(fast, cache) for cache in caches]
-    for n in range(12):
-        for row, read in enumerate(reads):
-            logits = read(tokens[row:row + 1, n:n + 1], torch.tensor([1]))
-            assert relative_error(logits, plain(tokens[row:row + 1, :n + 1])[:, -1]) < 1e-12
-
-
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 3])
 def test_steps_are_replayed_as_one_graph(rows):
@@ -268,16 +257,6 @@ def test_attention_in_parts_equals_attend(B, S, T, K, ratio, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "MASK_SIZE", size)
         assert relative_error(cuda.attend_masked(q, k, v, mask), attend(q, k, v, mask)) < 1e-12
-
-
-def test_the_mask_of_a_long_prompt_stays_small(monkeypatch):
-    sizes, product = [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(cuda, "MASK_SIZE", 100)
-    monkeypatch.setattr(cuda.F, "scaled_dot_product_attention",
-                        lambda q, k, v, mask: sizes.append(mask.numel()) or product(q, k, v, mask))
-    q, k, mask = torch.ones(2, 30, 6, 4), torch.ones(2, 7, 2, 4), torch.ones(2, 1, 30, 7) > 0
-    cuda.attend_masked(q, k, k, mask)
-    assert len(sizes) == 15 and max(sizes) <= 100
 
 
 def test_a_plain_prompt_takes_no_mask_and_one_that_leaves_the_window_takes_one(monkeypatch):
