@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("fast.cuda")
+
+from gpu import small_model
 
 import fast
 from fast import cuda

@@ -11,7 +11,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu import small_model
 
 GPU = torch.cuda.is_available()
 if not GPU:
@@ -19,6 +18,9 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 pytest.importorskip("numpy")
+pytest.importorskip("fast.kernels")
+
+from gpu import small_model
 
 from fast import cuda, kernels, kernels_int4
 from fast.int4 import unpack
