@@ -58,8 +58,6 @@ EQUIVALENT = {  # {(line, new line): the reason why no result changes}
      "length = max(map(len, prompts)) + args.max_new_tokens + 2"): "a slot that nobody uses"}
 ENOUGH = 0.93  # of the mutants must be killed
 
-# ------------------------------------------------------------------ changes
-
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn,
          ast.And: ast.Or, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.BitAnd: ast.BitOr,
          ast.LShift: ast.RShift}
