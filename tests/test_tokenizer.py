@@ -1,6 +1,5 @@
 """Claims about tokenizer.py. The main one: its ids and texts are those of sentencepiece."""
 
-import pickle
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -137,11 +136,6 @@ def test_user_defined_pieces_match_as_a_whole_and_longest_first(models, marked):
     for text in ("thecat the", "xthe cat[X][X", "[X] the", "aththecatthe"):
         assert marked.encode(text, bos=False) == theirs.encode(text)
     assert marked.encode("athecat[X]", bos=False)[-2:] == [marked.ids["thecat"], marked.ids["[X]"]]
-
-
-def test_a_tokenizer_can_be_sent_to_another_process(marked):
-    text = "the naïve cat[X]"
-    assert pickle.loads(pickle.dumps(marked)).encode(text) == marked.encode(text)
 
 
 # ------------------------------------------------------------------ ids to text

