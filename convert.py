@@ -13,6 +13,8 @@ The weights of Mixtral are published in three layouts. The names of the tensors 
 All three can be read, and the first two can be written. `--dtype int4` writes the Hugging Face
 layout with experts in 4 bits, which is the subject of fast/int4.py. A checkpoint that has 4-bit
 weights already is copied as it is, or turned back into an ordinary one by another --dtype.
+generate.py reads checkpoints through `open_checkpoint` too, so both take them as they occur, with
+files left over from other uploads, tensors that are no weights, and several dtypes.
 
 The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
 rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
@@ -47,7 +49,7 @@ import os
 import re
 import shlex
 import shutil
-import struct
+import signal
 import sys
 import warnings
 import zipfile
@@ -57,13 +59,15 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while the following modules are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mixtral import MixtralConfig, read_json
+from mixtral import MixtralConfig
 from tokenizer import Tokenizer
 
 # ------------------------------------------------------------------ names, shapes and row order
@@ -156,7 +160,14 @@ class Checkpoint(NamedTuple):
     layout: int
     config: MixtralConfig
     tensors: dict[str, Tensor]
-    scheme: dict | None  # the quantization_config, if some weights have 4 bits
+    raw: dict  # the content of config.json or params.json
+    files: list[Path]  # which hold the tensors
+    notes: list[str]  # what was ignored or assumed, one sentence each
+
+    @property
+    def scheme(self):
+        """The quantization_config, or None if no weights have 4 bits."""
+        return self.raw.get("quantization_config")
 
 
 class Target(NamedTuple):
@@ -279,13 +290,12 @@ def context_length(hidden_size):
     return 65536 if hidden_size == 6144 else 32768
 
 
-def read_params(path):
+def read_params(path, raw):
     """The configuration in a params.json. Raises ValueError naming the fields that are missing.
 
     An optional field that is absent, null or 0 gets its default. For rope_theta that is 1e6.
     """
-    raw = read_json(path)
-    raw |= raw["moe"] if isinstance(raw.get("moe"), dict) else {}
+    raw = raw | (raw["moe"] if isinstance(raw.get("moe"), dict) else {})
     fields = {PARAMS.get(name, name): value for name, value in raw.items()}
     fields = {name: value for name, value in fields.items()
               if value is not None and (value != 0 or name not in OPTIONAL)}
@@ -420,6 +430,8 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     checkpoint = open_checkpoint(source)
     target = choose_target(source, checkpoint, to, dtype, group_size)
     files = shards(output_tensors(checkpoint, target, errors), to, limit)
+    for note in checkpoint.notes:
+        report(note)
     announce(source, out, checkpoint, target, files)
     check_space(out, total_size(files))
     with complete_or_absent(out, directory=True) as part:
@@ -449,10 +461,7 @@ def choose_target(source, checkpoint, to, dtype, group_size):
         return Target(to, dtype)
     if checkpoint.scheme is not None and to == MISTRAL:
         raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
-    if len(dtypes) > 1:
-        raise ValueError(f"{source}: the weights have the dtypes "
-                         f"{' and '.join(sorted(map(str, dtypes)))}; choose one with --dtype")
-    return Target(to, dtypes.pop(), checkpoint.scheme)
+    return Target(to, dtype_of_experts(checkpoint), checkpoint.scheme)
 
 
 def shards(tensors, to, limit):
@@ -506,6 +515,9 @@ def write_weights(part, files):
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+# What other programs store beside the weights: frequencies of the rotation, which follow from
+# rope_theta, and scales for a cache of 8 bits.
+NO_WEIGHTS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale")
 
 
 def open_checkpoint(directory):
@@ -513,38 +525,75 @@ def open_checkpoint(directory):
 
     Raises ValueError listing what is wrong.
     """
-    tensors = open_files(directory)
+    directory = Path(directory)
+    tensors, files, notes = open_files(directory)
+    if skipped := [name for name in tensors if name.endswith(NO_WEIGHTS)]:
+        notes.append(f"{len(skipped)} tensors are no weights and are ignored, as {skipped[0]}")
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    refuse_prefixes(directory, tensors)
     matches = [sum(row[layout].format(n=0, e=0) in tensors for row in NAMES) for layout in LAYOUTS]
     if not any(matches):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
                          f"{len(tensors)} is {next(iter(tensors), None)}")
     layout = matches.index(max(matches))
-    config, scheme = read_configuration(directory, layout)
+    config, raw = read_configuration(directory, layout)
     found = {name: describe(tensor) for name, tensor in tensors.items()}
-    wanted = expected_tensors(layout, config, scheme, tensors)
+    wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
     problems += [f"{name} is {found[name]}, not {wanted[name]}" for name in wanted
                  if name in found and found[name] != wanted[name]]
     refuse_if(problems, f"{directory}: the weights do not fit the configuration")
-    return Checkpoint(layout, config, tensors, scheme)
+    return Checkpoint(layout, config, tensors, raw, files, notes)
+
+
+def refuse_prefixes(directory, names):
+    """Raises ValueError if all names of tensors have a prefix too many, or lack theirs."""
+    for known in (name.format(n=0) for name in NAMES[2][:3]):  # the query projection
+        for name in names:
+            if name.endswith(f".{known}"):
+                raise ValueError(f"{directory}: the tensors have names as {name}; remove the prefix "
+                                 f"{name.removesuffix(known)!r} from all names")
+    if "layers.0.self_attn.q_proj.weight" in names:
+        raise ValueError(f"{directory}: the tensors have names without the prefix 'model.'; put it "
+                         "in front of all but lm_head.weight")
+
+
+def dtype_of_experts(checkpoint):
+    """The dtype to which the weights of a checkpoint belong. Raises ValueError if it is unclear.
+
+    Some programs keep the router, the norms or the scales of 4-bit weights in float32 beside
+    experts of 16 bits. In such a checkpoint all weights take the dtype of the experts, because
+    mixtral.py computes in one dtype, and a wider router or norm would need casts there. If the
+    experts have 4 bits, the dtype is that of the embedding.
+    """
+    layout, tensors = checkpoint.layout, checkpoint.tensors
+    names = [p.names[layout] for p in parameters(checkpoint.config) if p.expert is not None]
+    dtypes = {tensors[name].dtype for name in names if name in tensors}
+    dtypes = dtypes or {tensors[NAMES[0][layout]].dtype}
+    if len(dtypes) > 1:
+        raise ValueError(f"the experts have the dtypes {' and '.join(sorted(map(str, dtypes)))}; "
+                         "choose one with --dtype")
+    [dtype] = dtypes
+    if others := [name for name, tensor in tensors.items()
+                  if tensor.is_floating_point() and tensor.dtype != dtype]:
+        checkpoint.notes.append(f"{len(others)} tensors that are not {dtype} are converted to it, "
+                                f"as {others[0]}; --dtype chooses another dtype for all")
+    return dtype
 
 
 def read_configuration(directory, layout):
-    """The configuration in a directory of this layout and its quantization_config, if any."""
-    path, scheme = directory / ("config.json" if layout == HUGGINGFACE else "params.json"), None
+    """The configuration in a directory of this layout, and the JSON object that it is read from."""
+    path = directory / ("config.json" if layout == HUGGINGFACE else "params.json")
+    raw = read_json(path)
     try:
-        if layout == HUGGINGFACE:
-            raw = read_json(path)
-            config, scheme = MixtralConfig.from_dict(raw), raw.get("quantization_config")
-        else:
-            config = read_params(path)
+        config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(path, raw)
     except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
         raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
     if config.num_hidden_layers * config.num_local_experts > 2**14:  # the rest would take hours
         raise ValueError(f"{path}: num_hidden_layers {config.num_hidden_layers} and "
                          f"num_local_experts {config.num_local_experts} fit no checkpoint")
-    return config, scheme
+    return config, raw
 
 
 def describe(tensor):
@@ -584,68 +633,73 @@ def refuse_if(problems, place):
 
 
 def open_files(directory):
-    """All tensors of a directory by name. Raises ValueError naming bad files and repeated names."""
-    tensors, files, problems = {}, {}, []
-    for path in files_with_weights(directory):
+    """All tensors of a directory by name, the files that hold them, and a list of notes.
+
+    Raises ValueError naming files that are missing or damaged and names that occur twice.
+    """
+    files, weight_map, notes = choose_files(directory)
+    tensors, file_of, missing, problems = {}, {}, [], []
+    for path in files:
+        if not path.exists():
+            missing.append(path)
+            continue
         try:
             content = (load_file if path.suffix == ".safetensors" else open_pickle)(path)
-        except UnpicklingError:
-            problems.append(f"{path.name}: refused, because it is damaged or holds Python objects "
-                            "other than tensors, which could run code")
         except Exception as error:  # damaged bytes lead the two libraries to errors of any type
-            problems.append(f"{path.name}: missing or damaged: {reason(error).splitlines()[0]}")
-        else:
-            problems += [f"{name} is in both {files[name]} and {path.name}"
-                         for name in content if name in files]
-            tensors |= content
-            files |= dict.fromkeys(content, path.name)
+            problems.append(f"{path.name}: not readable: {what_is_wrong(path, error)}")
+            continue
+        for name, tensor in content.items():
+            first, listed = file_of.get(name), weight_map.get(name)
+            if first and listed not in (first, path.name):
+                problems.append(f"{name} is in both {first} and {path.name}")
+            elif not first or listed == path.name:
+                tensors[name], file_of[name] = tensor, path.name
+    names = ", ".join(path.name for path in missing)
+    if missing and weight_map.keys() <= tensors.keys():
+        notes.append(f"{names}: missing, but the other files hold every tensor")
+    elif missing:
+        problems.append(f"{names}: missing, but named in the index; download it again")
     refuse_if(problems, directory)
-    return tensors
+    return tensors, files, notes
 
 
-def open_pickle(path):
-    """The tensors in a file of torch.save by name, mapped. Raises an error of any type."""
-    check_records(path)
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_cpu:
-            raise ValueError(f"{name} is not a dense tensor")
-    return {str(name): tensor for name, tensor in content.items()}
+def choose_files(directory):
+    """The files with the weights, the file of each tensor by its name, and a list of notes.
 
-
-def check_records(path):
-    """Raises ValueError unless the records of a file of torch.save lie where they are mapped.
-
-    The file is a zip archive. torch.load trusts the lengths in the header in front of a record,
-    which no checksum protects, and it would take compressed bytes for weights. The list at the end
-    of the archive says where the next record begins, and so where this one must.
+    If there is an index, it decides, because older shards and other copies may lie beside the files
+    that it names. Without one, the map from tensors to files is empty. If none of its files exists,
+    the index was left over from another upload. Raises ValueError if there are no weights.
     """
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
-        ends = [*(entry.header_offset for entry in entries), archive.start_dir][1:]
-        for entry, end in zip(entries, ends, strict=True):
-            file.seek(entry.header_offset + 26)
-            begin = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-            large = max(entry.header_offset, entry.file_size) >= 2**32 - 1
-            descriptor = (24 if large else 16) if entry.flag_bits & 8 else 0  # behind the content
-            if begin + entry.file_size + descriptor != end:
-                raise ValueError(f"{entry.filename} is not as torch.save writes it; load the file "
-                                 "and save it again")
+    if not directory.is_dir():
+        kind = "is a file" if directory.exists() else "does not exist"
+        raise ValueError(f"{directory}: {kind}; wanted the directory of a checkpoint")
+    notes = []
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"),
+                         ("consolidated", ".safetensors")):
+        index = directory / f"{stem}{suffix}.index.json"
+        weight_map = read_index(index) if index.exists() else {}
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+        if any(path.exists() for path in files):
+            return files, weight_map, notes
+        if weight_map:
+            notes.append(f"{index}: ignored, because {files[0].name} and all other files that it "
+                         "names are missing")
+        whole = directory / f"{stem}{suffix}"
+        if files := [whole] if whole.exists() else sorted(directory.glob(f"{stem}*{suffix}")):
+            return files, {}, notes
+    return other_files(directory, notes), {}, notes
 
 
-def files_with_weights(directory):
-    """The files with the weights, and of several sets the first. Raises ValueError."""
-    for stem in ("model.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
-        if (index := directory / f"{stem}.index.json").exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index}: wanted a weight_map from names to files")
-            names = {os.path.basename(str(name)) for name in weight_map.values()}
-            return [directory / name for name in sorted(names)]
-        if (directory / stem).exists():
-            return [directory / stem]
+def read_index(path):
+    """The name of the file of each tensor. Raises ValueError if an index does not hold that."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path}: wanted a weight_map from names of tensors to files")
+    return {name: os.path.basename(str(file)) for name, file in weight_map.items()}
+
+
+def other_files(directory, notes):
+    """The files with weights if none has one of the usual names. Raises ValueError."""
     if whole := sorted([*directory.glob("consolidated.[0-9][0-9].pt"),
                         *directory.glob("consolidated.[0-9][0-9].pth")]):
         return whole
@@ -653,8 +707,53 @@ def files_with_weights(directory):
         whole = shlex.quote(str(directory / "consolidated.00.pth"))
         raise ValueError(f"{directory}: join the parts of the file first, with: "
                          f"cat {whole}-split{{0..{len(parts) - 1}}} > {whole}")
-    raise ValueError(f"{directory}: no weights here; wanted model*.safetensors, "
-                     "pytorch_model*.bin or consolidated.*")
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory}: holds a LoRA adapter and not a model; merge it into its "
+                         "base model first, for example with merge_and_unload of peft")
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    raise ValueError(notes[0] if notes else f"{directory}: no weights here; wanted "
+                     "model*.safetensors, pytorch_model*.bin or consolidated.*")
+
+
+def what_is_wrong(path, error):
+    """One line about a file that could not be read."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer in place of the file; get the file with: git lfs pull"
+        if start.startswith(OLD_TORCH_SAVE) and path.suffix != ".safetensors":
+            return "the old format of torch.save; load it with torch.load and save it again"
+    if isinstance(error, UnpicklingError):
+        return "damaged, or holds Python objects other than tensors, which could run code"
+    return error.strerror if isinstance(error, OSError) else reason(error).splitlines()[0]
+
+
+OLD_TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # a pickled number, before PyTorch 1.6
+
+
+def read_json(path):
+    """The object in a JSON file, which may begin with a byte order mark. Raises ValueError."""
+    try:
+        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as a JSON object: "
+                         f"{what_is_wrong(Path(path), error)}") from None
+
+
+def open_pickle(path):
+    """The tensors in a file of torch.save by name, mapped. Raises an error of any type."""
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type for record in archive.infolist()):
+            raise ValueError("compressed, which torch.load would not see; load it without mmap and "
+                             "save it again")
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_cpu:
+            raise ValueError(f"{name} is not a dense tensor")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 # ------------------------------------------------------------------ writing files
@@ -872,4 +971,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -31,11 +31,14 @@ import time
 import warnings
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C while the following modules are imported
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 
-from mixtral import Mixtral, MixtralConfig, read_json, read_weights, route
+from convert import HUGGINGFACE, dtype_of_experts, open_checkpoint
+from mixtral import assemble, route
 from tokenizer import Tokenizer
 
 try:
@@ -91,14 +94,9 @@ def check_options(temperature=0.0, top_p=1.0, max_new_tokens=0, seed=None):
         raise ValueError(f"temperature must be a finite number >= 0, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be greater than 0 and at most 1, got {top_p}")
-    check_integer("max_new_tokens", max_new_tokens)
-    check_integer("seed", 0 if seed is None else seed)
-
-
-def check_integer(name, value):
-    """Raises ValueError unless the value is an integer in 0 … 2⁶³ − 1, the range of seeds."""
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{name} must be an integer >= 0 and < 2**63, got {value!r}")
+    for name, value in ("max_new_tokens", max_new_tokens), ("seed", seed or 0):
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{name} must be an integer >= 0 and < 2**63, got {value!r}")
 
 
 @torch.inference_mode()
@@ -106,10 +104,12 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
                    eos_id=None, cache=None, logprobs=False):
     """Yield after each step a list with (token, log-probability) for every row.
 
-    A row that has ended yields None. The log-probability is None unless `logprobs` is set. A given
-    cache is continued, and at the end it lacks the last token of each row.
+    `eos_id` is the id that ends a row, or a set of such ids. A row that has ended yields None. The
+    log-probability is None unless `logprobs` is set. A given cache is continued, and at the end it
+    lacks the last token of each row.
     """
     check_options(temperature, top_p, max_new_tokens, seed)
+    ends = eos_id if isinstance(eos_id, frozenset) else {eos_id}
     device = model.lm_head.weight.device
     tokens, lengths = pad(prompts, model.config.vocab_size, device)
     seeds = [secrets.randbelow(2**63) if seed is None else seed for _ in prompts]
@@ -130,7 +130,7 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
         if fast and fast.ranks.is_sharded(model):
             step = fast.ranks.from_first(step)  # so that rounding cannot make the ranks diverge
         yield step
-        alive = [drawn is not None and drawn[0] != eos_id for drawn in step]
+        alive = [drawn is not None and drawn[0] not in ends for drawn in step]
         if not any(alive):
             return
         tokens = torch.tensor([[drawn[0] if drawn else 0] for drawn in step], device=device)
@@ -179,7 +179,7 @@ class Completion:
     """
 
     def __init__(self, tokenizer, stops=(), prompt=()):
-        self.decoder, self.stops, self.eos_id = tokenizer.stream(), stops, tokenizer.eos_id
+        self.decoder, self.stops, self.eos_ids = tokenizer.stream(), stops, tokenizer.eos_ids
         self.beginning = "".join(map(self.decoder.feed, prompt))
         self.text, self.released = "", 0  # characters
         self.tokens, self.logprobs, self.finish_reason = [], [], None
@@ -188,7 +188,7 @@ class Completion:
         """Take the next token and return the text that it releases."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token == self.eos_id:
+        if token in self.eos_ids:
             self.finish_reason = "eos"
         return self._release(self.decoder.feed(token), max(map(len, self.stops), default=1) - 1)
 
@@ -214,7 +214,8 @@ class Chat:
     """A conversation with an instruct model; each turn reads only the tokens that are new.
 
     The cache holds the tokens `ids`. If the next turn does not begin with them, all is read again.
-    This happens only with v2 and v3 tokenizers, which move the system text to the last message.
+    This happens after a stop string, and with v2 and v3 tokenizers, which move the system text to
+    the last message.
     """
 
     def __init__(self, model, tokenizer, system="", **sampling):
@@ -235,9 +236,9 @@ class Chat:
             self.ids, self.cache = [], new_cache(self.model, 1, 2 * length)
         new = ids[len(self.ids):]
         self.new_tokens = len(new)  # which the prefill of this turn reads
-        eos_id = self.tokenizer.eos_id
+        ends = self.tokenizer.eos_ids
         try:
-            for [(token, _)] in generate_steps(self.model, [new], max_new_tokens, eos_id=eos_id,
+            for [(token, _)] in generate_steps(self.model, [new], max_new_tokens, eos_id=ends,
                                                cache=self.cache, **self.sampling):
                 drawn.append(token)
                 yield token
@@ -246,7 +247,7 @@ class Chat:
             self.ids = (ids + drawn)[:-1] if drawn else []
             self.cache.positions[self.cache.positions >= len(self.ids)] = -1
             if drawn:
-                content = drawn[:-1] if drawn[-1] == eos_id else drawn
+                content = drawn[:-1] if drawn[-1] in ends else drawn
                 self.messages = [*messages, {"role": "assistant", "content": content}]
 
 
@@ -262,16 +263,22 @@ def load(directory, dtype=None, device="auto"):
     """
     device = "cpu" if device == "auto" and not fast else device
     check_device(device)
-    raw = read_json(Path(directory) / "config.json")
-    config, tokenizer = MixtralConfig.from_dict(raw), Tokenizer(directory)
+    checkpoint = open_checkpoint(directory)
+    if checkpoint.layout != HUGGINGFACE or checkpoint.files[0].suffix != ".safetensors":
+        raise ValueError(f"{directory}: convert it first, with: python convert.py --input_dir "
+                         f"{directory} --output_dir OUT")
+    tokenizer, config = Tokenizer(directory), checkpoint.config
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} pieces, the model "
                          f"only {config.vocab_size}; they do not belong together")
+    dtype, weights = dtype or dtype_of_experts(checkpoint), checkpoint.tensors
+    for note in checkpoint.notes:
+        print(f"[{note}]", file=sys.stderr)
     if fast:
-        return tokenizer, fast.build(raw, read_weights(directory), dtype, device)
-    if "quantization_config" in raw or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ValueError("4-bit weights and several ranks need the folder fast/")
-    return tokenizer, Mixtral.from_pretrained(directory, dtype, device)
+        return tokenizer, fast.build(checkpoint.raw, weights, dtype, device)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("several ranks need the folder fast/")
+    return tokenizer, assemble(config, {name: w.to(device, dtype) for name, w in weights.items()})
 
 
 def check_device(device):
@@ -307,7 +314,7 @@ def parse_arguments(argv):
              "pipe or with NO_COLOR, the expert is a small number after the token")
     add("--chat", action="store_true",
         help="talk to an instruct model: each line is a message, and /system TEXT, /reset and "
-             "/exit are commands; with --prompt, answer it and exit")
+             "/exit are commands (// sends a /); with --prompt, answer it and exit")
     add("--system", default="", metavar="TEXT", help="system text of a chat")
     add("--dtype", choices=DTYPES, default=absent,
         help="of all numbers (default: that of the checkpoint; float32 for the embedded model)")
@@ -336,16 +343,16 @@ def write(args):
     if args.chat and embedded:
         print("[the embedded model was not trained to chat; it tells stories]", file=sys.stderr)
     if "prompt" not in args:
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         if args.chat:
             return converse(args, tokenizer, model, options)
-        args.prompt = [sys.stdin.read().removesuffix("\n")]
+        args.prompt = [sys.stdin.read().removesuffix("\n").removesuffix("\r")]
     texts = fast.ranks.from_first(args.prompt) if fast else args.prompt
     start = Chat(model, tokenizer, args.system).messages
     prompts = [tokenizer.encode_chat([*start, {"role": "user", "content": text}]) if args.chat
                else tokenizer.encode(text) for text in texts]
     length = max(map(len, prompts)) + args.max_new_tokens + 1
-    options |= {"eos_id": tokenizer.eos_id, "cache": new_cache(model, len(prompts), length)}
+    options |= {"eos_id": tokenizer.eos_ids, "cache": new_cache(model, len(prompts), length)}
     if "experts" in args:
         return print_experts(args, tokenizer, model, prompts[0], options)
     return print_texts(args, tokenizer, model, texts, prompts, options)
@@ -446,13 +453,17 @@ def converse(args, tokenizer, model, options):
         if command in ("/reset", "/system"):
             args.system = rest.strip() if command == "/system" else args.system
             chat = Chat(model, tokenizer, args.system, **options)
-        elif command.startswith("/"):
-            print(f"{command}: unknown; use /system TEXT, /reset or /exit", file=sys.stderr)
+        elif command.startswith("/") and not command.startswith("//"):
+            print(f"{command}: unknown; use /system TEXT, /reset or /exit, and // in front of a "
+                  "message that begins with /", file=sys.stderr)
         elif command:
+            text = line.replace("//", "/", 1) if command.startswith("//") else line
             try:
                 completion = Completion(tokenizer, args.stop)
-                steps = ([(token,)] for token in chat.answer(line, args.max_new_tokens))
+                steps = ([(token,)] for token in chat.answer(text, args.max_new_tokens))
                 seconds = complete([completion], steps, show)
+                if completion.finish_reason == "stop":  # forget what follows the stop string
+                    chat.messages[-1]["content"] = completion.text
                 print_summary(model, [completion], chat.new_tokens, *seconds)
             except ValueError as error:
                 print(f"generate.py: {error}", file=sys.stderr)
@@ -468,6 +479,7 @@ def read_line():
     except KeyboardInterrupt:
         line = ""
         show("\n")
+    line = line and line.removesuffix("\r")
     return fast.ranks.from_first(line) if fast else line
 
 
@@ -496,4 +508,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(fast.ranks.run(main) if fast else main())

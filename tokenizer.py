@@ -103,6 +103,7 @@ class Tokenizer:
         every = range(model.vocab_size())
         self.vocab_size, self.pieces = len(every), model.id_to_piece(list(every))
         self.bos_id, self.eos_id, self.unk_id = model.bos_id(), model.eos_id(), model.unk_id()
+        self.eos_ids = frozenset([self.eos_id])
         self.control = {i for i in every if model.is_control(i)}
         self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
         self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")

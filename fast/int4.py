@@ -154,16 +154,21 @@ def check_scheme(scheme):
     """
     def check(part, **fields):
         for name, wanted in fields.items():
-            if (part.get(name) or None) != wanted:
-                raise ValueError(f"config: quantization_config: {name} must be {wanted!r}, got "
-                                 f"{part.get(name)!r:.80}; no other quantised format is supported")
+            if (part.get(name) or None) not in wanted:
+                raise ValueError(
+                    f"config: quantization_config: {name} is {part.get(name)!r:.80}; of all "
+                    "quantised formats only pack-quantized of compressed-tensors loads, with "
+                    f"{name} {' or '.join(map(repr, wanted))}")
 
     try:
-        check(scheme, quant_method="compressed-tensors", format="pack-quantized",
-              transform_config=None)
+        check(scheme, quant_method=["compressed-tensors"], format=["pack-quantized"],
+              transform_config=[None])
         for group in scheme["config_groups"].values():
-            check(group, input_activations=None, output_activations=None)
-            check(group["weights"], type="int", symmetric=True, actorder=None)
+            check(group, input_activations=[None], output_activations=[None])
+            # With actorder "static", which is also called "weight", the columns were rounded in
+            # another order but stored as always. With "group" those of a group are scattered.
+            check(group["weights"], num_bits=[4], type=["int"], symmetric=[True],
+                  strategy=["group"], actorder=[None, "static", "weight"])
     except (AttributeError, KeyError, TypeError):
         raise ValueError("config: quantization_config: config_groups must be an object as "
                          "compressed-tensors writes it") from None

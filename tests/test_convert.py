@@ -180,7 +180,7 @@ def test_rotating_neighbours_gives_the_scores_of_rotating_halves_of_regrouped_ro
 
 
 def test_the_parameters_of_8x7b_are_counted(capsys):
-    checkpoint = convert.Checkpoint(convert.MISTRAL, MixtralConfig(), {}, None)
+    checkpoint = convert.Checkpoint(convert.MISTRAL, MixtralConfig(), {}, {}, [], [])
     target = convert.Target(convert.HUGGINGFACE, torch.bfloat16)
     plan = convert.output_tensors(checkpoint, target, {})
     files = convert.shards(plan, convert.HUGGINGFACE, 4 * 10**9)
@@ -219,10 +219,8 @@ WINDOW, CONTEXT = "sliding_window", "max_position_embeddings"
     ({"rope_theta": None}, "rope_theta", 1e6), ({"bos_token_id": 0}, "bos_token_id", 0),
     ({}, CONTEXT, 32768), ({"dim": 6144}, CONTEXT, 65536),
     ({"dim": 6144, "max_seq_len": 1024}, CONTEXT, 1024)])
-def test_odd_and_absent_fields_of_params_json(raw, field, value, tmp_path):
-    (tmp_path / "params.json").write_text(json.dumps(
-        mistral_params(MixtralConfig()) | raw))
-    config = convert.read_params(tmp_path / "params.json")
+def test_odd_and_absent_fields_of_params_json(raw, field, value):
+    config = convert.read_params("params.json", mistral_params(MixtralConfig()) | raw)
     assert getattr(config, field) == value
     assert convert.params_from_config(config).get("max_seq_len") == raw.get("max_seq_len")
 
@@ -444,6 +442,7 @@ def compressed(source):
 
 
 def absent_shard(source):
+    write_safetensors(source / "model-1.safetensors", {"a": torch.ones(1)})
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {
         "a": "model-1.safetensors", "b": "../model-2.safetensors"}}))
 
@@ -466,7 +465,8 @@ def foreign_tokenizer(source):
     (change_pickle(output__weight=torch.ones(24, 37)), "output.weight"),
     (change_pickle(norm__weight=torch.ones(24, dtype=torch.int8)), "norm.weight"),
     (change_pickle(norm__weight=torch.ones(24).to_sparse()), "norm.weight"),
-    (change_pickle(norm__weight=torch.ones(24).bfloat16()), "--dtype"),
+    (change_pickle(layers__0__feed_forward__experts__0__w1__weight=torch.ones(20, 24).half()),
+     "--dtype"),
     (change_pickle(layers__0__feed_forward__gate__weight=None), "gate"),
     (repeated_name, "norm.weight"), (truncated, "consolidated.00.pth"),
     (code_in_pickle, "consolidated.00.pth"), (compressed, "consolidated.00.pth"),
@@ -505,21 +505,6 @@ def test_the_parts_of_a_split_file_are_joined_by_the_command_that_the_refusal_sh
     command = refused("cat ", capsys, source, out).partition("with: ")[2]
     subprocess.run(["bash", "-c", command], check=True)
     assert run(source, out) == 0 and same(loaded(out), model.state_dict())
-
-
-@pytest.mark.parametrize("field", [26, 28])  # the lengths of the name and of the extra field
-def test_no_damaged_length_in_a_zip_archive_moves_the_weights(field, tmp_path, out, capsys):
-    """No checksum protects these lengths, from which the offset of a record is computed."""
-    model = random_model(dtype=torch.float32, num_hidden_layers=1, num_local_experts=2)
-    source = mistral_pickle(model, tmp_path / "raw")
-    path = source / "consolidated.00.pth"
-    whole = path.read_bytes()
-    for entry in zipfile.ZipFile(path).infolist()[1:]:
-        for bit in (4, 64):
-            damaged = bytearray(whole)
-            damaged[entry.header_offset + field] ^= bit
-            path.write_bytes(damaged)
-            refused(entry.filename, capsys, source, out)
 
 
 def test_what_is_there_already_is_never_touched(tmp_path, out, capsys):

@@ -234,7 +234,7 @@ def test_log_probabilities_are_those_of_full_passes_before_temperature_and_top_p
 class Pieces(list):
     """A tokenizer, which is also its decoder; token n is the n-th of some strings."""
 
-    eos_id = None
+    eos_ids = frozenset()
 
     def stream(self):
         return self
@@ -301,7 +301,7 @@ class Letters:
     as in v2 and v3 templates, otherwise before the first."""
 
     def __init__(self, moves=False):
-        self.moves, self.eos_id = moves, 2
+        self.moves, self.eos_ids = moves, frozenset([2])
 
     def encode_chat(self, messages):
         first = messages[0]["role"] == "system"
@@ -414,9 +414,10 @@ def with_config(checkpoint, tmp_path, **changes):
     return copy
 
 
-def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path, small):
+def test_a_tokenizer_with_more_pieces_than_the_model_has_is_refused(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", save(random_model(vocab_size=2047), tmp_path / "less"))
     with pytest.raises(ValueError, match="has 2048 pieces, the model only 2047"):
-        load(with_config(small, tmp_path, vocab_size=2047))
+        load(tmp_path / "less")
 
 
 @pytest.mark.parametrize("changes", [{"vocab_size": 2**70}, {"head_dim": "x"}, {"rope_theta": []}])
@@ -586,8 +587,8 @@ def test_the_strongest_expert_of_each_token_is_shown(run, loaded, monkeypatch, f
     ids = tokenizer.encode("One day\n🦙")
     [new] = generate(model, [ids], 30)
     if layer == 5:  # end the text before 30 tokens
-        monkeypatch.setattr(tokenizer, "eos_id", new[20])
-        new = new[:new.index(new[20])]
+        monkeypatch.setattr(tokenizer, "eos_ids", frozenset(new[20:22]))
+        new = list(itertools.takewhile(lambda token: token not in tokenizer.eos_ids, new))
     marked, decoder = "", tokenizer.stream()
     for token, expert in zip(ids + new, experts_of(model, ids + new, layer), strict=True):
         text = decoder.feed(token)
@@ -653,6 +654,33 @@ def test_a_conversation_has_commands_and_remembers_its_messages(run, loaded):
     assert len(counts) == 5 and counts[1] < counts[0] == counts[2]  # what a turn reads is counted
 
 
+def test_what_a_stop_string_hides_does_not_enter_the_next_turn(run, loaded):
+    tokenizer, model = loaded
+    options = ["--chat", "--max-new-tokens", "20"]
+    [whole] = [tokenizer.decode(list(Chat(model, tokenizer).answer("Hello", 20)))]
+    stop = whole[7:10]  # which tokens are cut there does not matter
+    kept = whole[:whole.index(stop)]
+    conversation = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": kept},
+                    {"role": "user", "content": "And?"}]
+    [new] = generate(model, [tokenizer.encode_chat(conversation)], 20)
+    second = tokenizer.decode(new).partition(stop)[0]
+    code, out, _ = run(*options, "--stop", stop, stdin="Hello\nAnd?\n")
+    assert (code, out) == (0, f"{kept}\n{second}\n") and kept != whole
+
+
+@pytest.mark.parametrize("typed, message", [
+    ("\ufeffHello\r\n", "Hello"), ("Hello\r\r\n", "Hello\r"), ("//tmp is full\n", "/tmp is full"),
+    ("  // \n", "  / "), ("a // b\n", "a // b")])
+def test_a_line_is_a_message_without_the_marks_of_other_systems(run, loaded, typed, message):
+    """A byte order mark and one carriage return are dropped, and // stands for a / in front."""
+    tokenizer, model = loaded
+    wanted = tokenizer.decode(list(Chat(model, tokenizer).answer(message, 6)))
+    assert run("--chat", "--max-new-tokens", "6", stdin=typed)[:2] == (0, f"{wanted}\n")
+    if "//" not in typed and message == "Hello":
+        story = run("--prompt", message, "--max-new-tokens", "6")[1]
+        assert run("--max-new-tokens", "6", stdin=typed)[:2] == (0, story)
+
+
 def test_an_interrupted_answer_ends_and_the_conversation_goes_on(run, loaded):
     tokenizer, model = loaded
     with interruption(model, 4):
@@ -692,7 +720,7 @@ STORY = ["--prompt", "Once upon a time", "--max-new-tokens", "20"]
 def run_without_fast():
     """The results of a story, and of a 4-bit checkpoint with only an empty folder fast/."""
     with tempfile.TemporaryDirectory() as directory:
-        for name in ("generate.py", "mixtral.py", "tokenizer.py"):
+        for name in ("convert.py", "generate.py", "mixtral.py", "tokenizer.py"):
             shutil.copy(ROOT / name, directory)
         shutil.copytree(TINY, Path(directory, "tiny"), ignore=shutil.ignore_patterns("study"))
         tell = partial(subprocess.run, [sys.executable, "generate.py", *STORY], cwd=directory,
@@ -709,7 +737,7 @@ def test_without_fast_the_story_is_the_same_and_4_bits_are_refused(run, beside):
     story, refused = beside
     assert (story.returncode, story.stdout) == (0, run(*STORY)[1])
     assert (refused.returncode, refused.stdout) == (1, "")
-    assert one_line(refused.stderr) and "folder fast/" in refused.stderr
+    assert one_line(refused.stderr) and "fast/int4.py" in refused.stderr
 
 
 def test_without_fast_what_needs_it_is_refused_in_one_line(run, small, monkeypatch):
@@ -726,12 +754,11 @@ def test_without_fast_what_needs_it_is_refused_in_one_line(run, small, monkeypat
 # ------------------------------------------------------------------ the process
 
 
-def start(*args, **options):
-    """Start a process that can be interrupted, even if the tests run in a shell's background."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*args, name="generate.py", **environment):
+    """Start a program that can be interrupted, even if the tests run in a shell's background."""
     return subprocess.Popen(
-        [sys.executable, ROOT / "generate.py", *args], env=environment, stderr=subprocess.PIPE,
-        **{"stdout": subprocess.PIPE} | options,
+        [sys.executable, ROOT / name, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
@@ -754,6 +781,16 @@ def test_ctrl_c_ends_a_running_process_with_the_text_so_far(beside):
     assert len(out[0]) < 2000  # text is printed as it is drawn, not when a buffer of 8192 is full
     assert code == 130 and text.startswith(b"Once upon a time")
     assert text.endswith(b"\n") and told.count(b"\n") == 1 and b"written" in told
+
+
+@pytest.mark.parametrize("name", ["generate.py", "convert.py"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(name, tmp_path):
+    """A file that takes the place of torch makes the import last until the signal."""
+    (tmp_path / "torch.py").write_text("import time\nprint(1, flush=True)\ntime.sleep(600)\n")
+    with start(name=name, PYTHONPATH=str(tmp_path)) as process:
+        assert process.stdout.readline() == b"1\n"
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(timeout=60), process.stderr.read()) == (130, b"")
 
 
 def run_with_a_reader_that_goes_away():

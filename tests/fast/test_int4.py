@@ -18,7 +18,7 @@ from test_convert import TOKENS, contents, growth, large_model, loaded, refused,
 from torch.nn.functional import linear
 
 import fast
-from convert import write_safetensors
+from convert import dtype_of_experts, open_checkpoint, write_safetensors
 from fast.int4 import Int4Linear, TunedInt4Linear, pack, quantise, repack, scheme_of, unpack
 from mixtral import Mixtral, read_json, read_weights
 
@@ -360,6 +360,7 @@ GROUP, WEIGHTS = "config_groups.group_0", "config_groups.group_0.weights"
     ("quant_method", "gptq"), ("quant_method", ...), ("format", "int-quantized"),
     ("config_groups", None), ("config_groups.group_1", {"weights": None}),
     (f"{WEIGHTS}.type", "float"), (f"{WEIGHTS}.symmetric", False), (f"{WEIGHTS}.actorder", "group"),
+    (f"{WEIGHTS}.num_bits", 8), (f"{WEIGHTS}.strategy", "channel"),
     (f"{GROUP}.input_activations", {"num_bits": 8}), (f"{GROUP}.output_activations", {"a": 1}),
     ("transform_config", {"R1": {}})])
 def test_other_formats_are_refused_naming_the_field(path, value, copied, out, capsys):
@@ -368,6 +369,30 @@ def test_other_formats_are_refused_naming_the_field(path, value, copied, out, ca
     with pytest.raises(ValueError, match=f"quantization_config: {field}"):
         load(copied)
     refused(field, capsys, copied, out)
+
+
+@pytest.mark.parametrize("path, value", [
+    (f"{WEIGHTS}.actorder", "static"), (f"{WEIGHTS}.actorder", "weight"),
+    (f"{WEIGHTS}.observer", "minmax"), (f"{GROUP}.format", "pack-quantized"),
+    ("transform_config", {}), ("kv_cache_scheme", None), ("sparsity_config", {})])
+def test_fields_that_change_nothing_are_accepted(path, value, copied):
+    wanted = load(copied)(TOKENS)
+    change_config(copied, f"quantization_config.{path}", value)
+    assert torch.equal(load(copied)(TOKENS), wanted)
+
+
+def test_scales_in_float32_take_the_dtype_of_the_other_weights(copied, out, capsys):
+    wanted = load(copied)(TOKENS)
+    assert wanted.dtype == torch.float32  # the logits; the weights are bfloat16
+    tensors = {name: x.float() if name.endswith("_scale") else x
+               for name, x in loaded(copied).items()}
+    write_safetensors(copied / "model.safetensors", tensors)
+    checkpoint = open_checkpoint(copied)
+    assert dtype_of_experts(checkpoint) == torch.bfloat16 and len(checkpoint.notes) == 1
+    model = fast.build(checkpoint.raw, checkpoint.tensors, torch.bfloat16)
+    assert (model(TOKENS) - wanted).abs().max() < 2**-4 * wanted.abs().max()
+    assert run(copied, out) == 0
+    assert torch.equal(load(out)(TOKENS), wanted)
 
 
 def test_4_bits_that_config_json_does_not_announce_are_refused(copied, out, capsys):

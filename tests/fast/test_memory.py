@@ -18,6 +18,8 @@ INT4 = {"weight_packed": torch.zeros(1000, 125, dtype=torch.int32),
 @pytest.mark.parametrize("weights, free, dtype, device, fits", [
     (MEGABYTE, 1_000_000, None, "cpu", True), (MEGABYTE, 999_999, None, "cpu", None),
     (MEGABYTE, 999_999, None, "cpu:0", None), (MEGABYTE, 999_999, torch.float32, "cpu", None),
+    # Only what changes takes new memory: the scales, 1,000,000 bytes in float64.
+    (INT4, 1_000_000, torch.float64, "cpu", None), (INT4, 999_999, torch.float64, "cpu", False),
     (MEGABYTE, 999_999, None, "cuda", False), (MEGABYTE, 999_999, torch.float32, "cuda", False),
     (MEGABYTE, 2_000_000, torch.float64, "cpu", True),
     (MEGABYTE, 1_999_999, torch.float64, "cpu", False),
@@ -61,27 +63,48 @@ def test_a_cache_must_fit_into_the_free_memory(monkeypatch, window, rows, length
         check_cache(model, rows, length, 64)
 
 
-@pytest.mark.parametrize("limit, used, wanted", [
-    (None, None, 5_120_000),  # no control group
-    ("max\n", "1000\n", 5_120_000), ("99000000\n", "1000\n", 5_120_000),
-    ("9000\n", "1000\n", 9000 - (1000 - 300))])  # files in memory can be dropped
-def test_free_memory_is_what_the_system_and_the_control_group_leave(
-        monkeypatch, tmp_path, limit, used, wanted):
-    """And each rank of a machine gets an equal share."""
+def system(root, groups, **files):
+    """A system with 5,120,000 bytes available, and this process in these control groups."""
     files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n",
-             "sys/fs/cgroup/memory.stat": "anon 7\nfile 9\ninactive_file 300\n",
-             "sys/fs/cgroup/memory.max": limit, "sys/fs/cgroup/memory.current": used}
+             "proc/self/cgroup": groups} | files
     for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        if content is not None:
-            (tmp_path / name).write_text(content)
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    return root
+
+
+def group(path, limit, used, version=2):
+    """The files of a control group in which 300 of the bytes used are files that can be dropped."""
+    names = ("memory.max", "memory.current") if version == 2 else (
+        "memory.limit_in_bytes", "memory.usage_in_bytes")
+    stat = "file 9\ninactive_file 300\n" if version == 2 else (
+        "inactive_file 9\ntotal_inactive_file 300\n")
+    contents = {names[0]: limit, names[1]: used, "memory.stat": "anon 7\n" + stat}
+    return {f"sys/fs/cgroup{path}/{name}": f"{text}\n" for name, text in contents.items()}
+
+
+@pytest.mark.parametrize("groups, files, wanted", [
+    ("", {}, 5_120_000),
+    ("0::/\n", group("", "max", 1000), 5_120_000), ("0::/\n", group("", 99000000, 9), 5_120_000),
+    ("0::/\n", group("", 9000, 1000), 8300),
+    # Slurm and systemd-run give the limit to the group itself or to one of its parents.
+    ("0::/job/step\n", group("/job/step", 9000, 1000) | group("/job", "max", 5000), 8300),
+    ("0::/job/step\n", group("/job/step", "max", 1000) | group("/job", 9000, 5000), 4300),
+    ("0::/job/step\n", group("/job/step", 9000, 1000) | group("/job", 9000, 5000), 4300),
+    ("0::/elsewhere\n", group("", 9000, 1000), 8300),  # a container that sees only its own group
+    ("2:cpu:/\n1:memory,hugetlb:/job/step\n0::/\n",
+     group("/memory/job", 9000, 5000, version=1)
+     | group("/memory", 9223372036854771712, 5000, version=1), 4300),
+    ("1:cpu:/job\n", group("/memory/job", 9000, 5000, version=1), 5_120_000)])
+def test_free_memory_is_the_least_that_the_system_and_the_control_groups_leave(
+        monkeypatch, tmp_path, groups, files, wanted):
+    """And each rank of a machine gets an equal share."""
+    root = system(tmp_path, groups, **files)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert free_memory("cpu") == wanted
+    assert free_memory("cpu", root) == wanted
     monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
-    assert free_memory("cpu") == wanted // 2
+    assert free_memory("cpu", root) == wanted // 2
 
 
-def test_free_memory_is_unknown_on_a_system_that_does_not_say(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / "absent")
-    assert free_memory("cpu") is None
+def test_free_memory_is_unknown_on_a_system_that_does_not_say(tmp_path):
+    assert free_memory("cpu", tmp_path) is None
