@@ -13,8 +13,7 @@ The weights of Mixtral are published in three layouts. The names of the tensors 
 All three can be read, and the first two can be written. `--dtype int4` writes the Hugging Face
 layout with experts in 4 bits, which is the subject of fast/int4.py. A checkpoint that has 4-bit
 weights already is copied as it is, or turned back into an ordinary one by another --dtype.
-generate.py reads checkpoints through `open_checkpoint` too, so both take them as they occur, with
-files left over from other uploads, tensors that are no weights, and several dtypes.
+generate.py reads checkpoints through `open_checkpoint` too, so both take them as they occur.
 
 The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
 rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
@@ -265,8 +264,12 @@ def output_tensors(checkpoint, target, errors):
         if target.group_size and p.expert is not None:
             tensors |= in_4_bits(checkpoint, p, target, errors)
         elif target.scheme and f"{name}_packed" in checkpoint.tensors:
-            tensors |= {name + end: checkpoint.tensors[name + end]
-                        for end in ("_packed", "_scale", "_shape")}
+            packed, scale, shape = (f"{name}{end}" for end in ("_packed", "_scale", "_shape"))
+            scales = checkpoint.tensors[scale]
+            tensors[packed] = checkpoint.tensors[packed]
+            tensors[scale] = Lazy(scales.shape, target.dtype,
+                                  partial(rounded, scales, target.dtype, scale))
+            tensors[shape] = checkpoint.tensors[shape]
         else:
             tensors[name] = Lazy(p.shape, target.dtype, partial(converted, checkpoint, p, target))
     return tensors
@@ -424,9 +427,6 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     """
     source, out, errors = Path(source).resolve(), Path(out).resolve(), {}
     check_output(out, directory=True)
-    if source == out.with_name(f".{out.name}.part"):  # it would be removed as such
-        raise ValueError(f"{source}: is what an interrupted run to {out} has left; convert the "
-                         "original again")
     checkpoint = open_checkpoint(source)
     target = choose_target(source, checkpoint, to, dtype, group_size)
     files = shards(output_tensors(checkpoint, target, errors), to, limit)
@@ -537,7 +537,9 @@ def open_checkpoint(directory):
                          f"{len(tensors)} is {next(iter(tensors), None)}")
     layout = matches.index(max(matches))
     config, raw = read_configuration(directory, layout)
-    found = {name: describe(tensor) for name, tensor in tensors.items()}
+    kinds = {name: "floats" if tensor.dtype in FLOATS.values() else str(tensor.dtype)
+             for name, tensor in tensors.items()}
+    found = {name: f"{kind} of shape {list(tensors[name].shape)}" for name, kind in kinds.items()}
     wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"unknown {name}" for name in found if name not in wanted]
@@ -552,8 +554,8 @@ def refuse_prefixes(directory, names):
     for known in (name.format(n=0) for name in NAMES[2][:3]):  # the query projection
         for name in names:
             if name.endswith(f".{known}"):
-                raise ValueError(f"{directory}: the tensors have names as {name}; remove the prefix "
-                                 f"{name.removesuffix(known)!r} from all names")
+                raise ValueError(f"{directory}: the names are as {name}; remove the prefix "
+                                 f"{name.removesuffix(known)!r} from all of them")
     if "layers.0.self_attn.q_proj.weight" in names:
         raise ValueError(f"{directory}: the tensors have names without the prefix 'model.'; put it "
                          "in front of all but lm_head.weight")
@@ -596,14 +598,8 @@ def read_configuration(directory, layout):
     return config, raw
 
 
-def describe(tensor):
-    """The kind and the shape of a tensor, for a comparison."""
-    kind = "floats" if tensor.dtype in FLOATS.values() else f"{tensor.dtype}"
-    return f"{kind} of shape {list(tensor.shape)}"
-
-
 def expected_tensors(layout, config, scheme, tensors):
-    """Map the name of each tensor that a checkpoint must have to what `describe` says of it.
+    """Map the name of each tensor that a checkpoint must have to its kind and shape, in words.
 
     With a quantization_config, any matrix may be stored in 4 bits.
     """
@@ -836,9 +832,6 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-# ------------------------------------------------------------------ complete outputs
-
-
 def check_output(path, directory=False):
     """Raises ValueError unless a file can be written here, or a directory can be created.
 
@@ -876,10 +869,8 @@ def complete_or_absent(path, directory=False):
 
 def remove(path):
     """Delete a file or a directory with all it holds, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+    path.unlink(missing_ok=True)
 
 
 def check_space(out, size):

@@ -18,8 +18,10 @@ def build(raw, weights, dtype=None, device="cpu"):
 
     With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. If
     torch.distributed is initialised, this rank builds its share of the model. Raises ValueError if
-    the weights fit neither config.json nor the memory, or cannot be divided.
+    the device is not usable, or the weights fit neither config.json nor the memory, or cannot be
+    divided.
     """
+    check_device(device)
     if dist.is_initialized():
         raw, weights = ranks.shard(raw, weights, dist.get_rank(), dist.get_world_size())
     device = memory.choose_device(weights, dtype) if device == "auto" else device
@@ -40,6 +42,15 @@ def build(raw, weights, dtype=None, device="cpu"):
     elif kind == "cuda":
         cuda.prepare(model)
     return ranks.reduce_outputs(model) if dist.is_initialized() else model
+
+
+def check_device(device):
+    """Raises ValueError unless tensors can be made on the device and read back."""
+    try:
+        torch.zeros(1, device="cpu" if device == "auto" else device).item()
+    except Exception as error:  # its type depends on the device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device {str(device)!r} is not usable here: {reason}") from None
 
 
 def converted(weights, dtype, device):

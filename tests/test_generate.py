@@ -180,9 +180,6 @@ def test_a_float32_model_makes_float64_only_for_angles_and_for_drawing():
         with MakersOfFloat64() as makers:
             list(generate_steps(model, [[1, 2, 3]], 3, **options))
         assert makers.found == {"rotation", *wanted}
-    with MakersOfFloat64() as makers:
-        program.check_device("cpu")
-    assert makers.found == set()
 
 
 def test_a_seed_repeats_its_draws_and_no_seed_does_not(model):

@@ -41,7 +41,6 @@ import torch
 from torch.nn import functional as F
 
 from convert import complete_or_absent, write_safetensors
-from generate import check_device
 from mixtral import Mixtral, MixtralConfig, at_least_float32, route
 from tokenizer import Tokenizer
 
@@ -451,7 +450,7 @@ def arguments(argv=None):
 def main(argv=None):
     args = arguments(argv)
     try:
-        check_device(args.device)
+        torch.zeros(1, device=args.device)  # raises a RuntimeError if there is none
         texts, held_out = (documents(path, args.separator) for path in (args.train, args.valid))
         if not held_out:
             raise ValueError(f"{args.valid}: holds no document")
@@ -462,8 +461,8 @@ def main(argv=None):
                     print(line, file=target, flush=True)
 
             run(args, texts, held_out, log)
-    except (OSError, ValueError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        print("train.py:", *str(error).splitlines()[:1], file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command continues from the last saved state",
