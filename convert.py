@@ -541,10 +541,9 @@ def open_checkpoint(directory):
              for name, tensor in tensors.items()}
     found = {name: f"{kind} of shape {list(tensors[name].shape)}" for name, kind in kinds.items()}
     wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
-    problems = [f"missing {name}" for name in wanted if name not in found]
-    problems += [f"unknown {name}" for name in found if name not in wanted]
-    problems += [f"{name} is {found[name]}, not {wanted[name]}" for name in wanted
-                 if name in found and found[name] != wanted[name]]
+    problems = [f"{name}: wanted {wanted.get(name, 'no such tensor')}, got "
+                f"{found.get(name, 'none')}" for name in dict.fromkeys([*wanted, *found])
+                if wanted.get(name) != found.get(name)]
     refuse_if(problems, f"{directory}: the weights do not fit the configuration")
     return Checkpoint(layout, config, tensors, raw, files, notes)
 
@@ -571,8 +570,8 @@ def dtype_of_experts(checkpoint):
     """
     layout, tensors = checkpoint.layout, checkpoint.tensors
     names = [p.names[layout] for p in parameters(checkpoint.config) if p.expert is not None]
-    dtypes = {tensors[name].dtype for name in names if name in tensors}
-    dtypes = dtypes or {tensors[NAMES[0][layout]].dtype}
+    dtypes = ({tensors[name].dtype for name in names if name in tensors}
+              or {tensors[NAMES[0][layout]].dtype})
     if len(dtypes) > 1:
         raise ValueError(f"the experts have the dtypes {' and '.join(sorted(map(str, dtypes)))}; "
                          "choose one with --dtype")
@@ -634,11 +633,9 @@ def open_files(directory):
     Raises ValueError naming files that are missing or damaged and names that occur twice.
     """
     files, weight_map, notes = choose_files(directory)
-    tensors, file_of, missing, problems = {}, {}, [], []
-    for path in files:
-        if not path.exists():
-            missing.append(path)
-            continue
+    tensors, file_of, problems = {}, {}, []
+    missing = ", ".join(path.name for path in files if not path.exists())
+    for path in filter(Path.exists, files):
         try:
             content = (load_file if path.suffix == ".safetensors" else open_pickle)(path)
         except Exception as error:  # damaged bytes lead the two libraries to errors of any type
@@ -650,11 +647,10 @@ def open_files(directory):
                 problems.append(f"{name} is in both {first} and {path.name}")
             elif not first or listed == path.name:
                 tensors[name], file_of[name] = tensor, path.name
-    names = ", ".join(path.name for path in missing)
     if missing and weight_map.keys() <= tensors.keys():
-        notes.append(f"{names}: missing, but the other files hold every tensor")
+        notes.append(f"{missing}: missing, but the other files hold every tensor")
     elif missing:
-        problems.append(f"{names}: missing, but named in the index; download it again")
+        problems.append(f"{missing}: missing, but named in the index; download it again")
     refuse_if(problems, directory)
     return tensors, files, notes
 
@@ -667,8 +663,8 @@ def choose_files(directory):
     the index was left over from another upload. Raises ValueError if there are no weights.
     """
     if not directory.is_dir():
-        kind = "is a file" if directory.exists() else "does not exist"
-        raise ValueError(f"{directory}: {kind}; wanted the directory of a checkpoint")
+        raise ValueError(f"{directory}: {'is a file' if directory.exists() else 'does not exist'}; "
+                         "wanted the directory of a checkpoint")
     notes = []
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"),
                          ("consolidated", ".safetensors")):
@@ -805,9 +801,6 @@ def safetensors_header(tensors, metadata):
     codes = {dtype: code for code, dtype in WRITABLE.items()}
     header, end = {"__metadata__": dict(metadata)}, 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in codes:
-            raise ValueError(f"{name}: cannot write {tensor.dtype}; convert it to one of "
-                             f"{', '.join(map(str, codes))}")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [begin, end]}
