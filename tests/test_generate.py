@@ -432,7 +432,8 @@ def run(capsys, monkeypatch):
     """Run a command line in this process: its exit code, standard output and standard error."""
     def run(*args, stdin=""):
         data = stdin if isinstance(stdin, bytes) else stdin.encode()
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="\n")
+        monkeypatch.setattr("sys.stdin", stream)
         with pytest.raises(SystemExit) as end:
             sys.exit(main([*map(str, args)]))
         told = capsys.readouterr()
@@ -666,7 +667,7 @@ def test_what_a_stop_string_hides_does_not_enter_the_next_turn(run, loaded):
 
 
 @pytest.mark.parametrize("typed, message", [
-    ("\ufeffHello\r\n", "Hello"), ("Hello\r\r\n", "Hello\r"), ("//tmp is full\n", "/tmp is full"),
+    ("\ufeffHello\r\n", "Hello"), ("Hello\r\r\n", "Hello\r"), ("//tmp//a\n", "/tmp//a"),
     ("  // \n", "  / "), ("a // b\n", "a // b")])
 def test_a_line_is_a_message_without_the_marks_of_other_systems(run, loaded, typed, message):
     """A byte order mark and one carriage return are dropped, and // stands for a / in front."""
