@@ -1,11 +1,12 @@
-"""How does a step run without waiting for the GPU? A static cache, a CUDA graph, all experts.
+"""How does a step run without the host and the GPU waiting for each other? As one recorded graph.
 
 The host, which runs Python, only puts kernels into a queue, from which the GPU takes them. One step
 of mixtral.py on Mixtral 8x7B launches about 3,000 kernels, and in every layer it waits to see which
 experts were chosen. Meanwhile the queue runs empty, so that afterwards the GPU waits for Python. A
-step takes 79 ms, of which the GPU works for 11. A CUDA graph removes both waits: the launches of
-one step are recorded once, and later a single call replays them. It repeats the same kernels on the
-same addresses, so nothing in a step may depend on a number that the host would have to read:
+step takes 79 ms, of which the GPU works for 11. A CUDA graph ends this: the launches of one step
+are recorded once, and later a single call replays them. But it repeats the same kernels on the same
+addresses, so first the step must be written so that nothing depends on a number that the host would
+have to read:
 
     the slot of the next token    The GPU counts by itself. `Step` has a copy of the positions in
                                   the cache, and every step advances it.
@@ -13,14 +14,15 @@ same addresses, so nothing in a step may depend on a number that the host would 
     the experts that run          For one text, the kernels of fast/kernels.py look up the chosen
                                   experts on the card. For a batch, all experts run on all tokens.
 
-That sounds wasteful and is not. With 16 texts, an expert is chosen by none of them with probability
-(3/4)¹⁶ = 1 %, so nearly all weights must be read anyway. Reading takes so long that the superfluous
-products fit into the same time. The limit of a batch is thus to read all weights once for each
-step, which takes an H200 22 ms, for 64 texts as for 4.
+To run all experts sounds wasteful, but for a batch it is not. With 16 texts, an expert is chosen by
+none of them with probability (3/4)¹⁶ = 1 %, so nearly all weights must be read anyway. Reading
+takes so long that the superfluous products fit into the same time. The limit of a batch is thus to
+read all weights once for each step, which takes an H200 22 ms, for 64 texts as for 4. For 2 texts
+more than half of the experts are read in vain, which is the price of not waiting.
 
 Prompts run the modules of mixtral.py in chunks of 4,096 tokens, of which an expert gets 1,024 on
-average. Now arithmetic is the limit, so each expert must run on its own tokens only. Their numbers
-are known to the card alone; a product of groups of rows takes them from there.
+average. Now arithmetic is the limit, so each expert must run on its own tokens only. Only the card
+knows how many these are, and a grouped product (F.grouped_mm) reads the counts there.
 """
 
 import torch
@@ -32,14 +34,15 @@ from fast.int4 import Int4Linear
 from mixtral import SparseMoE, at_least_float32, route, visible
 
 CHUNK = 4096
-FEW_TOKENS = 128  # up to this number, all experts run on all tokens
-MASK_SIZE = 2**28  # the largest mask of one product, whose entries PyTorch also stores as numbers
+FEW_TOKENS = 128  # up to this number, all experts run on all tokens in about the time of reading
+MASK_SIZE = 2**28  # most entries of a mask, of which PyTorch makes a copy in the dtype of the keys
 
 
 def prepare(model):
-    """Make a model on a GPU fast, layer by layer, so that at most one layer is there twice.
+    """Make a model on a GPU fast, layer by layer, so that memory for one more layer is enough.
 
-    Matrices that are read together become views of one tensor; the model remains one of mixtral.py.
+    Matrices that are read together become views of one tensor: `attention.qkv`, and `w13` and `w2`
+    of a mixture (see `merge`). The modules still compute what those of mixtral.py compute.
     """
     device, model.attend = model.lm_head.weight.device, Attend()
     for layer in model.model.layers:
@@ -81,27 +84,27 @@ def unpacker(device, dtype):
 
 def has_grouped_product(device, moe):
     """Whether F.grouped_mm multiplies these matrices in one kernel, without asking the host."""
-    sizes = moe.gate.in_features, moe.w13[0].shape[1] // 2
+    sizes = moe.w2[0].shape[1], moe.w13[0].shape[1] // 2  # D and M
     return (hasattr(F, "grouped_mm") and device.type == "cuda" and torch.version.cuda is not None
             and torch.cuda.get_device_capability(device) >= (9, 0)
             and moe.w13[-1].dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes))
 
 
 def merge(layers, count):
-    """The weights of linear layers below each other, of which theirs become views.
+    """Stack the weights of several linear layers in one tensor, of which each keeps a view.
 
-    A list of one tensor (count, rows, n), or of two in 4 bits, words and scales. None if the layers
-    are not alike.
+    The result is a list of this tensor (count, rows, n), or in 4 bits of two, the words and the
+    scales. It is None if the layers are not alike.
     """
     kinds = {(type(layer), *(t.shape[1:] for t in layer.state_dict().values())) for layer in layers}
     if len(kinds) > 1:
         return None
-    int4, merged = isinstance(layers[0], Int4Linear), []
-    for name in ("weight_packed", "weight_scale") if int4 else ("weight",):
+    in_4_bits, merged = isinstance(layers[0], Int4Linear), []
+    for name in ("weight_packed", "weight_scale") if in_4_bits else ("weight",):
         parts = [getattr(layer, name).detach() for layer in layers]
         whole = torch.cat(parts)
         for layer, view in zip(layers, whole.split([len(part) for part in parts]), strict=True):
-            setattr(layer, name, view if int4 else nn.Parameter(view, requires_grad=False))
+            setattr(layer, name, view if in_4_bits else nn.Parameter(view, requires_grad=False))
         merged.append(whole.unflatten(0, (count, -1)))
     return merged
 
@@ -110,6 +113,9 @@ class MergedMoE(SparseMoE):
     """The sparse mixture without a wait, in one of two ways that depend on the number of tokens.
 
     (B, S, D) -> (B, S, D)
+
+    `prepare` sets the merged matrices w13 and w2, and two facts: `unpack` is the function that
+    unpacks 4-bit weights, and `sorts` says whether a grouped product is there for `run_chosen`.
     """
 
     def forward(self, x):
@@ -146,13 +152,14 @@ class MergedMoE(SparseMoE):
         choices = chosen.flatten()
         order = choices.argsort(stable=True)
         experts = torch.arange(len(self.experts), device=choices.device)
+        # How many choices are experts up to e: there the group of expert e ends.
         ends = (choices <= experts[:, None]).sum(dim=1, dtype=torch.int32)  # (E)
         inputs = tokens[order // self.top_k]
         if len(self.w13) == 1:
             gate, up = F.grouped_mm(inputs, self.w13[0].mT, offs=ends).chunk(2, dim=1)
-        else:  # w1 in 16 bits is gone before w3 is unpacked
-            gate, up = (F.grouped_mm(inputs, self.stacked(half).mT, offs=ends)
-                        for half in zip(*(part.chunk(2, dim=1) for part in self.w13), strict=True))
+        else:  # words and scales; the unpacked w1 is gone before w3 is unpacked
+            w1, w3 = zip(*(part.chunk(2, dim=1) for part in self.w13), strict=True)
+            gate, up = (F.grouped_mm(inputs, self.stacked(half).mT, offs=ends) for half in (w1, w3))
         outputs = F.grouped_mm(F.silu(gate) * up, self.stacked(self.w2).mT, offs=ends)
         outputs = outputs[order.argsort()].view(*chosen.shape, -1)  # (N, A, D)
         return (weights[:, :, None] * at_least_float32(outputs)).sum(dim=1)
@@ -177,10 +184,10 @@ class Attend:
 
     q (B, S, H, d), k (B, T, K, d), v (B, T, K, d), mask (B, 1, S, T) -> (B, S, H·d)
 
-    With a mask and grouped heads, PyTorch would store all scores (B, H, S, T). Its kernel that does
-    not takes no mask, but it can hide from each query the keys behind its own, counted from the
-    last query and the last key. For a prompt this is often the whole mask. `reader` knows when from
-    positions on the CPU, and sets `causal`.
+    With a mask and grouped heads, PyTorch would store all scores (B, H, S, T). Its kernel that
+    avoids this accepts no mask, only a causal rule: the last query sees all keys, the query before
+    it all but the last key, and so on. For a prompt this is often the whole mask. `reader` finds
+    that out from the positions, which are on the CPU, and sets `causal`.
     """
 
     causal = False
@@ -234,7 +241,7 @@ def reader(model, cache):
     if getattr(model, "sharded", False) or any(
             type(m) is not MergedMoE or m.gate._forward_hooks for m in mixtures):
         return lambda tokens, lengths: model(tokens, cache, lengths, last_only=True)[:, 0]
-    if not hasattr(cache, "step"):
+    if not hasattr(cache, "step") or cache.step.model is not model:
         cache.step = Step(model, cache)
     step = cache.step
     step.stale = True
@@ -279,9 +286,13 @@ def write_positions(positions, now, alive):
 class Step:
     """One token for each row of a cache, in operations that a CUDA graph can hold.
 
-    On the card are positions (B, C), now (B), the position of the next token, and alive (B), which
-    is false for a row that has ended. The keys and values are those of the cache. The positions in
-    the cache, on the CPU, advance while the GPU works.
+    The keys and values are those of the cache. Besides them, the card has its own:
+
+        positions (B, C)    the position in each slot, as in the cache
+        now (B)             the position of the next token
+        alive (B)           false for a row that has ended
+
+    The positions in the cache itself, on the CPU, advance while the GPU works.
     """
 
     def __init__(self, model, cache):
@@ -317,9 +328,10 @@ class Step:
             self.compiled = True
             return self.run()
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self.logits = self.run()
+            self.graph = graph  # only now, so that an interrupted recording is never replayed
         self.graph.replay()
         return self.logits.clone()  # the next replay overwrites them
 
@@ -352,20 +364,24 @@ class Step:
         return self.keys[layer], self.values[layer]
 
     def one_text(self, x, cos, sin):
-        """The forward pass of mixtral.py for one token, in kernels that read each weight once."""
+        """The forward pass of mixtral.py for one token, in kernels that read each weight once.
+
+        The row is alive, because no step is taken when all rows have ended.
+        """
         ops, c, x = self.kernels, self.model.config, x.view(-1)  # (D)
         cos, sin, slot = cos.view(-1), sin.view(-1), self.now % self.positions.shape[1]
         for n, layer in enumerate(self.model.model.layers):
             attention, moe, keys, values = (
                 layer.self_attn, layer.block_sparse_moe, self.keys[n, 0], self.values[n, 0])
-            qkv = ops.product(attention.qkv[0][0], ops.norm(x, layer.input_layernorm))
+            [[qkv]] = attention.qkv  # ((H + 2K)·d, D)
+            qkv = ops.product(qkv, ops.norm(x, layer.input_layernorm))
             q = ops.rotate(qkv, cos, sin, slot, keys, values, c.num_attention_heads)
             mixed = ops.attend(q, keys, values, self.positions, self.now, c.sliding_window)
             x = ops.product(attention.o_proj.weight, mixed, add=x)
-            token, chosen, share = ops.route(
+            token, chosen, weights = ops.route(
                 x, layer.post_attention_layernorm, moe.gate.weight, moe.top_k)
             h = self.experts.gate_up(token, chosen, *moe.w13)
-            x = self.experts.down(h, chosen, share, x, *moe.w2)
+            x = self.experts.down(h, chosen, weights, x, *moe.w2)
         return ops.product(self.model.lm_head.weight, ops.norm(x, self.model.model.norm))[None]
 
 
@@ -375,7 +391,7 @@ def chosen_kernels(model):
     mixtures = [layer.block_sparse_moe for layer in model.model.layers]
     if kernels is None or not all(kernels.fits(layer) for layer in model.model.layers):
         return None, None
-    if all(len(moe.w13) == 1 for moe in mixtures):
+    if all(len(moe.w13) == len(moe.w2) == 1 for moe in mixtures):
         return kernels, kernels
     from fast import kernels_int4
     fits = all(kernels_int4.fits(*weights) for moe in mixtures for weights in (moe.w13, moe.w2))

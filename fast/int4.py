@@ -1,7 +1,8 @@
-"""What is a 4-bit weight? A quarter of the memory of 16 bits, for the experts of a Mixtral.
+"""What is a 4-bit weight? A small integer, times a scale that it shares with its neighbours.
 
-A 4-bit number tells only 16 values apart, which is too few for the weights of a whole matrix. So
-every G neighbouring weights of a row share a scale, and a weight is a small multiple of its scale:
+Four bits take a quarter of the memory of 16, but they tell only 16 values apart, which is too few
+for the weights of a whole matrix. So every G neighbouring weights of a row share a scale, and a
+weight is a small multiple of its scale:
 
     w[r, c] = q[r, c] · scale[r, c // G],    q an integer in −8 … 7
 
@@ -62,9 +63,8 @@ PIECE = 2**17  # weights to convert at a time, so that they stay in the cache of
 
 
 def unpacked_exactly(packed, scale):
-    """Yield the weights of some rows after another in float64, in which the products are exact.
-
-    For u − 8 has at most 3 significant bits, and a scale of float32 or less has at most 24.
+    """Yield the weights in float64, some rows at a time. There the products are exact, because
+    u − 8 has at most 3 significant bits, and a scale of float32 or less has at most 24.
     """
     rows = max(1, PIECE // (8 * packed.shape[1]))
     for words, scales in zip(packed.split(rows), scale.split(rows), strict=True):
@@ -214,6 +214,8 @@ def use_int4(model, scheme, weights):
     ValueError for another quantised format.
     """
     check_scheme(scheme)
+    if "lm_head.weight_packed" in weights:
+        raise ValueError("lm_head in 4 bits is not supported; convert with --dtype bfloat16")
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.weight_packed" in weights:
             outputs, inputs = layer.weight.shape

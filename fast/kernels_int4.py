@@ -1,17 +1,19 @@
-"""How do four bits become a float without a conversion? The experts of one decode step in 4 bits.
+"""How do four bits become a float without a conversion? In the mantissa of a known number.
 
-Words of eight 4-bit weights, as fast/int4.py describes them, are an eighth of the memory accesses
-of float32 and a quarter of those of bfloat16. Now arithmetic is no longer free. At 4.2 TB/s, a
-processor of an H200 gets 33 weights in each cycle, and it can start 128 operations. If a weight
-takes four operations, the memory idles. Its four bits must be cut out of the word, become a float,
-be multiplied with the scale of their group and with x, and be added, so every step is made cheap:
+This file computes the experts of one decode step in 4 bits. Reading eight weights as one word, as
+fast/int4.py describes it, takes an eighth of the bytes of float32 and a quarter of those of
+bfloat16. Now arithmetic is no longer free. At 4.2 TB/s, a processor of an H200 gets 33 weights in
+each cycle, in which it can start 128 operations, or 3.9 for each weight. If a weight takes four
+operations, the memory idles. Its four bits must be cut out of the word, become a float, be
+multiplied with the scale of their group and with x, and be added, so every step is made cheap:
 
     four bits to float      no conversion; see `integers`            1.5 operations per weight
     times the scale         two weights in one register              0.5
     times x, and the sum    tensor cores; see `row_sums`             0.1
     loading and the rest                                             0.3
 
-The functions stand for those of the same name in fast/kernels.py, which explains the pattern.
+The functions stand for those of the same name in fast/kernels.py, which explains the pattern. They
+differ from them in one rounding: the output of an expert stays in float32 until all are added.
 """
 
 import torch
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from triton import cdiv, next_power_of_2
 
+from fast import int4
 from fast.kernels import silu_times, tile
 
 ROWS, WORDS, WARPS = 64, 64, 4  # a tile of 64 × 64 words for 4 warps
@@ -31,7 +34,8 @@ def fits(packed, scale=None):
         return False
     words, groups = packed.shape[2], scale.shape[2]
     P = words // groups  # words of a group
-    return words % 16 == 0 and P == next_power_of_2(P) and P <= tile(words, WORDS)
+    return (words % 16 == words % groups == 0 and P == next_power_of_2(P)
+            and P <= tile(words, WORDS))
 
 
 def pairs(constant):
@@ -68,7 +72,8 @@ def integers(words, t: tl.constexpr):
     else:
         code: tl.constexpr = BFLOAT16_PAIRS if t == tl.bfloat16 else FLOAT16_PAIRS
         offset: tl.constexpr = 136.0 if t == tl.bfloat16 else 1032.0
-        bits = tl.inline_asm_elementwise(code, REGISTERS, [words], (tl.int16,) * 8, True, 2)
+        bits = tl.inline_asm_elementwise(code, REGISTERS, [words], (tl.int16,) * 8, is_pure=True,
+                                         pack=2)  # the code takes two words at a time
         for n in tl.static_range(8):
             tiles = tiles + (bits[n].to(t, bitcast=True) - offset,)
     return tiles
@@ -122,7 +127,7 @@ def gate_up_kernel(x, chosen, packed, scale, h, M: tl.constexpr, D: tl.constexpr
 
 
 def gate_up(x, chosen, packed, scale):
-    """x (D), chosen (A), packed (E, 2M, D/8), scale (E, 2M, D/G) -> (A, M)"""
+    """silu(w1·x) ⊙ (w3·x): x (D), chosen (A), packed (E, 2M, D/8), scale (E, 2M, D/G) -> (A, M)."""
     A, M, D, G = len(chosen), packed.shape[1] // 2, len(x), len(x) // scale.shape[2]
     h, rows, words = x.new_empty(A, M), tile(M, ROWS // 2), tile(D // 8, WORDS)
     gate_up_kernel[(M // rows, A)](x, chosen, packed, scale, h, M, D, G, rows, words,
@@ -131,16 +136,16 @@ def gate_up(x, chosen, packed, scale):
 
 
 @triton.jit
-def down_kernel(h, chosen, share, packed, scale, parts, M: tl.constexpr, D: tl.constexpr,
+def down_kernel(h, chosen, weights, packed, scale, parts, M: tl.constexpr, D: tl.constexpr,
                 G: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """Program (b, s, a) takes share s of the words of block b of the rows of expert chosen[a]."""
+    """Program (b, s, a) takes part s of each row in block b of the rows of expert chosen[a]."""
     b, s, a = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = b * ROWS + tl.arange(0, ROWS)
     first = tl.load(chosen + a).to(tl.int64) * D
     size: tl.constexpr = tl.cdiv(M // 8 // WORDS, SPLITS) * WORDS
     sums = row_sums(packed + first * (M // 8), scale + first * (M // G), h + a * M, rows, s * size,
                     tl.minimum(M // 8, s * size + size), M, G, ROWS, WORDS)
-    tl.store(parts + (a * SPLITS + s) * D + rows, tl.load(share + a) * sums)
+    tl.store(parts + (a * SPLITS + s) * D + rows, tl.load(weights + a) * sums)
 
 
 @triton.jit
@@ -152,17 +157,19 @@ def add_kernel(x, parts, y, D: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.const
     tl.store(y + r, (tl.load(x + r).to(tl.float32) + total.to(t).to(tl.float32)).to(t))
 
 
-def down(h, chosen, share, x, packed, scale):
-    """h (A, M), chosen (A), share (A), x (D), packed (E, D, M/8), scale (E, D, M/G) -> (D)
+def down(h, chosen, weights, x, packed, scale):
+    """x + Σ_a weights[a]·w2[chosen[a]]·h[a], of which `packed` and `scale` hold the matrices w2.
 
-    The D rows alone make too few programs of 64 rows to fill the card. So the rows are split too,
-    into shares for about 512 programs, and a second kernel adds their results.
+    h (A, M), chosen (A), weights (A), x (D), packed (E, D, M/8), scale (E, D, M/G) -> (D)
+
+    Programs of 64 whole rows would be too few to fill the card. So each row is cut into parts, for
+    about 512 programs in all, and a second kernel adds their results.
     """
     (A, M), D, G, y = h.shape, len(x), h.shape[1] // scale.shape[2], torch.empty_like(x)
     rows, words, size = tile(D, ROWS), tile(M // 8, WORDS), tile(D, 64)
     splits = max(1, min(M // 8 // words, PROGRAMS * rows // (A * D)))
     parts = x.new_empty(A * splits, D, dtype=torch.float32)
-    down_kernel[(D // rows, splits, A)](h, chosen, share, packed, scale, parts, M, D, G, splits,
+    down_kernel[(D // rows, splits, A)](h, chosen, weights, packed, scale, parts, M, D, G, splits,
                                         rows, words, num_warps=WARPS, num_stages=1)
     add_kernel[(D // size,)](x, parts, y, D, A * splits, size, num_warps=1)
     return y
@@ -180,6 +187,8 @@ def unpack_kernel(packed, scale, w, count, G: tl.constexpr, SIZE: tl.constexpr):
 def unpack(packed, scale):
     """`unpack` of fast/int4.py in one pass: packed (M, D/8), scale (M, D/G) -> (M, D)."""
     (M, words), groups = packed.shape, scale.shape[1]
+    if words % groups:  # a word with weights of several groups
+        return int4.unpack(packed, scale)
     w, count = scale.new_empty(M, 8 * words), packed.numel()
     unpack_kernel[(cdiv(count, 1024),)](packed, scale, w, count, 8 * words // groups, 1024)
     return w

@@ -475,8 +475,8 @@ def test_the_command_prints_the_prompt_and_its_continuation(run, embedded):
 
 
 @pytest.mark.parametrize("data, prompt", [
-    ("Once upon", "Once upon"), ("Once upon\n", "Once upon"), ("Once\r\nupon\n\n", "Once\nupon\n"),
-    ("", ""), ("🦙 é", "🦙 é")])
+    ("Once upon", "Once upon"), ("Once upon\n", "Once upon"), ("", ""), ("🦙 é", "🦙 é"),
+    ("Once\r\nupon\n\n", "Once\r\nupon\n")])
 def test_without_a_prompt_standard_input_is_the_prompt(run, loaded, data, prompt):
     options = ["--max-new-tokens", "4", "--json"]
     code, out, _ = run(*options, stdin=data)

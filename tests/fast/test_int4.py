@@ -395,6 +395,14 @@ def test_scales_in_float32_take_the_dtype_of_the_other_weights(copied, out, caps
     assert torch.equal(load(out)(TOKENS), wanted)
 
 
+def test_an_output_projection_in_4_bits_is_refused(copied):
+    tensors = loaded(copied)
+    packed, scale = quantise(torch.randn(37, 64), 32, torch.bfloat16)
+    tensors |= {"lm_head.weight_packed": pack(packed), "lm_head.weight_scale": scale}
+    with pytest.raises(ValueError, match="lm_head"):
+        fast.build(read_json(copied / "config.json"), tensors)
+
+
 def test_4_bits_that_config_json_does_not_announce_are_refused(copied, out, capsys):
     change_config(copied, "quantization_config", None)
     with pytest.raises(ValueError, match="experts"):

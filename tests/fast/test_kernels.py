@@ -257,13 +257,14 @@ def test_experts_in_4_bits(G, dtype):
     assert_close(kernels_int4.down(h, chosen, share, x, *w2), expected, dtype, 2)
 
 
-@pytest.mark.parametrize("G", [8, 32, 256])
+@pytest.mark.parametrize("G", [4, 8, 32, 256])  # of 4, a word has weights of two groups
 def test_unpack_gives_the_weights_of_int4_to_the_last_bit(G, dtype):
     packed, scale = random_int4(5, 512, G=G, dtype=dtype)
     assert torch.equal(kernels_int4.unpack(packed, scale), unpack(packed, scale))
 
 
 def test_sizes_that_no_tile_divides_are_left_to_the_batch_path():
-    for G, n, fits in ((32, 128, True), (32, 192, False), (96, 384, False), (1024, 1024, False)):
+    for G, n, fits in ((32, 128, True), (32, 192, False), (96, 384, False), (1024, 1024, False),
+                       (12, 384, False), (4, 128, False)):
         words, scale = torch.empty(2, 8, n // 8), torch.empty(2, 8, n // G)
         assert kernels_int4.fits(words, scale) == fits
