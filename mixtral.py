@@ -15,7 +15,7 @@ In the shapes of this repository, each letter has one meaning:
 
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
-    S       tokens per row that are read together     -                             -
+    S       tokens per row in one call                -                             -
     T       keys per row that queries can attend to   -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
@@ -34,9 +34,9 @@ In the shapes of this repository, each letter has one meaning:
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
 million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 and the embedding
-and output matrices 2·V·D = 0.3 billion, together 46.7, which is less than 8 · 7 because only the
-experts exist eight times. With two experts the sum is 12.9 billion. Of these a token reads all but
-the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
+and output matrices 2·V·D = 0.3 billion, together 46.7, and not 8 · 7 = 56, because only the experts
+exist eight times. With two experts the sum is 12.9 billion. For each token all of these are read
+except the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
 
 Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
@@ -114,8 +114,8 @@ def route(logits, top_k):
     logits (N, E) -> (N, A), (N, A)
 
     The weights are Softmax(TopK(logits)), the largest first, so they sum to one. `transformers`
-    takes the softmax over all E experts, exp(zᵢ)/Z, and divides the A largest by their sum Σⱼ. This
-    is the same, because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
+    takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the A largest by their
+    sum. This is the same, because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
 
     Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
 
@@ -218,9 +218,9 @@ def rotate(x, cos, sin):
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
     For keys, K takes the place of H. The product of a rotated query and a rotated key depends on
-    their positions only through their distance. The released code pairs x[2i] and x[2i + 1]. For
-    weights in that order convert.py, like Hugging Face, moves the rows of q_proj and k_proj so that
-    the pairs stand d/2 apart. This leaves q·k as it was; without it the model computes nonsense.
+    the distance of their positions alone. The released code pairs x[2i] with x[2i + 1] instead, so
+    convert.py, like Hugging Face, moves the rows of its q_proj and k_proj until these pairs stand
+    d/2 apart, which leaves q·k as it was; without that the model would compute nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -231,8 +231,8 @@ def visible(queries, keys, window):
 
     queries (B, S), keys (B, T) -> (B, S, T)
 
-    A query sees at most W keys, its own included, or all j ≤ i if W is None. Because positions are
-    compared, keys can be in any order, as in the cache, whose empty slots have position −1.
+    A query sees at most W keys, its own included, or all j ≤ i if W is None, as in 8x7B. Because
+    positions are compared, keys can be in any order, as in the cache (empty slots: position −1).
 
     Difference: the released `moe_one_file_ref.py` shows a query W + 1 keys while it reads a prompt.
 
@@ -311,7 +311,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        table = torch.rand(config.vocab_size, config.hidden_size)  # nn.Embedding starts slowly
+        table = torch.rand(config.vocab_size, config.hidden_size)  # nn.Embedding's init is slow
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -445,7 +445,7 @@ def check_config(c):
     d = c.hidden_size // H if c.head_dim is None else c.head_dim
     check("num_experts_per_tok", f"<= num_local_experts {E}", c.num_experts_per_tok <= E)
     check("num_key_value_heads", f"a divisor of {H} query heads", H % c.num_key_value_heads == 0)
-    check("head_dim", "positive and even", type(d) is int and d > 0 and d % 2 == 0)
+    check("head_dim", f"even and > 0, not {d!r:.80}", type(d) is int and d > 0 and d % 2 == 0)
     check("sliding_window", "positive or null", W is None or type(W) is int and W > 0)
     check("tie_word_embeddings", "false", not c.tie_word_embeddings)
     check("hidden_act", "'silu'", c.hidden_act == "silu")
@@ -454,7 +454,7 @@ def check_config(c):
 def read_json(path):
     """The object in a JSON file. Raises ValueError if there is none."""
     try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8"))}
+        return {**json.loads(Path(path).read_text(encoding="utf-8"))}  # TypeError if no object
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as a JSON object: {error}") from None
 
@@ -482,7 +482,7 @@ def assemble(config, weights, adapt=lambda model: None):
     """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     expert = f".experts.{config.num_local_experts - 1}."
-    if not any(name.startswith(last) and expert in name for name in weights):  # before building
+    if not any(n.startswith(last) and expert in n for n in weights):  # spares a slow, vain build
         raise ValueError(f"the weights do not fit config.json: {last}*{expert}* is missing")
     with torch.device("meta"):
         model = Mixtral(config)
