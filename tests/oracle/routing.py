@@ -35,7 +35,7 @@ from trace import add_model_arguments, exit_code, load_model, recording  # besid
 import torch
 
 from convert import check_output, complete_or_absent
-from generate import check_integer, generate, new_cache
+from generate import check_options, generate, new_cache
 from tokenizer import Tokenizer
 
 PAGE = Path(__file__).with_name("routing.html")
@@ -207,7 +207,7 @@ def read_tokens(args, tokenizer, model):
             raise ValueError(f"{args.file}: not UTF-8 text: {error}") from None
     prompt = tokenizer.encode(text)
     new_cache(model, 1, len(prompt) + args.max_new_tokens)  # raises ValueError if it is too large
-    [new] = generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_id)
+    [new] = generate(model, [prompt], args.max_new_tokens, eos_id=tokenizer.eos_ids)
     if len(prompt + new) < 2:
         raise ValueError("the text is empty; its statistics need at least one token after <s>")
     return prompt, prompt + new
@@ -220,7 +220,7 @@ def write_text(path, text):
 
 
 def run(args):
-    check_integer("--max-new-tokens", args.max_new_tokens)
+    check_options(max_new_tokens=args.max_new_tokens)
     for path in filter(None, (args.html, args.svg)):
         check_output(path)
     tokenizer, model = Tokenizer(args.model), load_model(args)
