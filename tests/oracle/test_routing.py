@@ -152,7 +152,7 @@ def test_the_command_prints_the_text_and_a_row_for_each_layer(tmp_path, monkeypa
 
 @pytest.mark.parametrize("options, word", [
     (["--prompt", ""], "empty"), (["--prompt", "x", "--layer", "6"], "--layer"),
-    (["--prompt", "x", "--max-new-tokens", "-1"], "--max-new-tokens"),
+    (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
     (["--prompt", "x", "--model", "absent"], "absent"),
     (["--prompt", "x", "--html", "absent/page"], "absent/page"),
     (["--prompt", "x", "--svg", "."], "."), (["absent"], "absent"), (["bytes"], "bytes")])
