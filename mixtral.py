@@ -34,9 +34,9 @@ In the shapes of this repository, each letter has one meaning:
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
 million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 and the embedding
-and output matrices 2·V·D = 0.3 billion, together 46.7, and not 8 · 7 = 56, because only the experts
-exist eight times. With two experts the sum is 12.9 billion. For each token all of these are read
-except the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
+and output matrices 2·V·D = 0.3 billion, together 46.7, and not the 8 · 7 = 56 of the name, because
+only the experts exist eight times. With two experts the sum is 12.9 billion. A token reads all of
+them but the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
 
 Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
@@ -217,10 +217,10 @@ def rotate(x, cos, sin):
 
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    For keys, K takes the place of H. The product of a rotated query and a rotated key depends on
-    the distance of their positions alone. The released code pairs x[2i] with x[2i + 1] instead, so
-    convert.py, like Hugging Face, moves the rows of its q_proj and k_proj until these pairs stand
-    d/2 apart, which leaves q·k as it was; without that the model would compute nonsense.
+    For keys, K takes the place of H. Positions enter the product of a rotated query and a rotated
+    key only by their distance. The released code pairs x[2i] with x[2i + 1] instead, so convert.py,
+    like Hugging Face, reorders the rows of Mistral's q_proj and k_proj to put these pairs d/2
+    apart, which leaves q·k as it was; without that the model would compute nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -234,7 +234,7 @@ def visible(queries, keys, window):
     A query sees at most W keys, its own included, or all j ≤ i if W is None, as in 8x7B. Because
     positions are compared, keys can be in any order, as in the cache (empty slots: position −1).
 
-    Difference: the released `moe_one_file_ref.py` shows a query W + 1 keys while it reads a prompt.
+    Difference: the released `moe_one_file_ref.py` lets the queries of a prompt see W + 1 keys.
 
     >>> visible(torch.tensor([[9]]), torch.tensor([[5, 6, 7, 8, 9, 10, -1]]), window=4).tolist()
     [[[False, True, True, True, True, False, False]]]
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output projection; row b has lengths[b] real tokens, then padding.
+    """Everything but the output projection; a cache stores the first lengths[b] tokens of row b.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """
@@ -354,7 +354,7 @@ class Mixtral(nn.Module):
         lengths = torch.full((B,), S) if lengths is None else lengths.cpu()
         if cache is not None and (cache.tokens_read + lengths).max() > cache.max_length:
             raise ValueError(f"cache: a row gets more than its {cache.max_length} tokens")
-        hidden, chunk = [], S if cache is None else cache.chunk
+        hidden, chunk = [], (S if cache is None else cache.chunk)
         for start in range(0, S, chunk):
             real = (lengths - start).clamp(0, chunk)  # (B); the rest of the chunk is padding
             hidden.append(self.model(tokens[:, start:start + chunk], real, cache))
@@ -418,7 +418,7 @@ class Cache:
         slot = positions[row, column] % C
         self.positions[row, slot] = positions[row, column]
         self.target = [index.to(self.keys.device) for index in (row, column, slot)]
-        self.used = int(self.tokens_read.max().clamp(1, C))  # T
+        self.used = int(self.tokens_read.max().clamp(1, C))  # T; one key even if all is padding
         return self.positions[:, :self.used]
 
     def update(self, layer, k, v):
@@ -482,7 +482,7 @@ def assemble(config, weights, adapt=lambda model: None):
     """
     last = f"model.layers.{config.num_hidden_layers - 1}."
     expert = f".experts.{config.num_local_experts - 1}."
-    if not any(n.startswith(last) and expert in n for n in weights):  # spares a slow, vain build
+    if not any(n.startswith(last) and expert in n for n in weights):  # fails before the slow build
         raise ValueError(f"the weights do not fit config.json: {last}*{expert}* is missing")
     with torch.device("meta"):
         model = Mixtral(config)
