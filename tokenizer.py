@@ -11,52 +11,57 @@
 
 The vocabulary is a list of pieces, and the index of a piece is its id. There are five kinds:
 
-    ordinary       text; its score is minus the rank of the merge that made it in training
+    ordinary       text; its score says how early it is merged
     byte           <0x00> to <0xFF>, for characters that are not pieces
     control        <s>, </s> and, since v2, [INST]: ids without text, which no text encodes to
     unknown        <unk>; because of the byte pieces, no text encodes to it
     user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
 
 Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
-differ in their control and user-defined pieces, and so in the format of a chat.
-
-Because the same words occur again and again, a text is split into words, at places that no merge
-can cross, and the ids of short words are remembered.
-
-sentencepiece parses the model file. It also encodes and decodes a sample text whenever a model is
-loaded, and the model is refused if the results differ from those of this file.
-
-Not included, but available in sentencepiece: training, unigram models, and normalisers other than
-the identity.
+differ in their control and user-defined pieces, and so in the format of a chat. Because the same
+words occur again and again, a text is split into words, at places that no merge can cross, and the
+ids of short words are remembered. A tokenizer.model is parsed by sentencepiece, which also has what
+is not here: training, unigram models, and normalisers other than the identity.
 """
 
 import codecs
 import heapq
+import json
 import re
+import struct
+from contextlib import suppress
+from math import copysign
 from pathlib import Path
 
 import sentencepiece
 
 SPACE = "▁"  # U+2581, which stands for a space inside pieces
-RUN_OF_SPACES_SCORE = -1e9  # in Mistral's models, every piece that consists of ▁ has this score
 LATIN = "a-zA-ZÀ-ÖØ-öø-ɏ"  # without × and ÷, which are among the accented letters in Unicode
 MAX_WORDS, MAX_WORD_LENGTH = 1 << 16, 32  # of the words whose ids are remembered
+FILES = (*(f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1")), "tokenizer.json")
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
 
 
-def merge(word, scores):
-    """Merge the neighbours whose union scores highest, leftmost first, until no union is a piece.
+def merge(word, scores, gap=""):
+    """Merge the neighbours whose union scores highest, leftmost first, until no union has a score.
 
     Takes O(n log n) time for n characters. Here "bc" is merged first, and then "abc":
 
-    >>> merge("abcab", {"bc": -0.0, "ab": -1.0, "abc": -2.0})
+    >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
+
+    In a tokenizer.json pairs have scores, not unions. Their keys have a `gap`, as in "ab c".
     """
-    heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by rank
+    heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
     start_of = [len(word), *range(len(word))]  # from the end of each symbol to its start
 
     def push(start, middle, end):
-        if (union := word[start:end]) in scores:  # empty if there is no such neighbour
+        union = word[start:middle] + gap + word[middle:end] if gap else word[start:end]
+        if union in scores:  # without a neighbour on this side it is not
             heapq.heappush(heap, (-scores[union], start, middle, end))
 
     for start in range(len(word) - 1):
@@ -70,121 +75,222 @@ def merge(word, scores):
     return [word[start:end] for start, end in enumerate(end_of) if end]
 
 
+def read(path, parse):
+    """What `parse` makes of the bytes of a file. Raises ValueError with its path, in one line."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError("this is a Git LFS pointer, not the file; run `git lfs pull`")
+        return parse(data)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = "no " * isinstance(error, KeyError) + (getattr(error, "strerror", 0) or str(error))
+        reason = "".join(c if c.isprintable() else "?" for c in reason)
+        raise ValueError(f"{path}: not a usable tokenizer: {reason}") from None
+
+
+def prefix_rule(raw):
+    """Whether a tokenizer.json puts a ▁ in front of the text, of what follows an added token, and
+    of another ▁. None if it treats spaces in another way.
+    """
+    normalizer, splitter = raw.get("normalizer"), raw.get("pre_tokenizer")
+    if normalizer and not splitter:
+        steps = normalizer.get("normalizers", [normalizer])
+        return (len(steps) == 2,) * 3 if steps in ([PREPEND, REPLACE], [REPLACE]) else None
+    if splitter and not normalizer and splitter == splitter | METASPACE:
+        scheme = splitter.get("prepend_scheme", "always")
+        return scheme != "never", scheme == "always", False
+    return None
+
+
+def any_of(texts):
+    """A pattern that matches the longest of these texts, as a group."""
+    either = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    return re.compile(f"({either or '(?!)'})")  # (?!) matches nothing
+
+
+def word_pattern(unions):
+    """The regular expression of a word, at whose ends no merge crosses.
+
+    In Mistral's models no piece has a ▁ after another character, and none has a Latin letter next
+    to a character of another kind. So a word is a run of letters or of other characters, with the
+    ▁ in front of it. A model for other languages may lack the second property, and then a word ends
+    only before a ▁. Without the first one, the whole text is a word.
+    """
+    for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
+        pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
+        if all(map(pattern.fullmatch, unions)):
+            return pattern
+    return re.compile("(?s).+")
+
+
 class Tokenizer:
-    """Text to ids and back, from a tokenizer.model file or the directory that holds it.
+    """Text to ids and back, from a directory, a tokenizer.model or a tokenizer.json.
 
-    Raises ValueError if the file is missing or damaged, or is not a byte-fallback BPE model with
-    the identity normaliser. All versions of Mistral's tokenizer.model are.
+    Other files of the directory may add tokens, name BOS and EOS, and give a chat template. Special
+    tokens, BOS, EOS and the marks of ChatML become control pieces; other added tokens are matched
+    as a whole. Raises ValueError for a file that is missing, damaged or not byte-fallback BPE.
 
-    vocab_size               the number of pieces
-    bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>
-    pieces                   a list with the piece of each id
+    vocab_size               the largest id + 1; a model may have more ids
+    bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>, or of the BOS and EOS that are named
+    eos_ids                  the set of ids that end a text, here {eos_id}
+    pieces                   a list with the piece of each id, "" for an id without a piece
     ids                      a dict with the id of each ordinary or user-defined piece
-    scores                   a dict with the score of each ordinary piece
-    byte_ids                 a list with the id of each of the 256 bytes
+    scores                   a dict with the score of each ordinary piece, or pair, as for `merge`
     control, control_ids     the set of control ids, and a dict with the id of each control piece
     """
 
     def __init__(self, path):
-        path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        path = directory = Path(path)
+        if path.is_dir():
+            path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
+
+        def extra(name, parse=lambda data: dict(json.loads(data))):  # which drops a BOM
+            return read(directory / name, parse) if (directory / name).exists() else {}
+
+        raw = read(path, json.loads) if path.suffix == ".json" else extra("tokenizer.json")
+        settings = extra("special_tokens_map.json") | extra("tokenizer_config.json")
+        template = extra("chat_template.jinja", bytes.decode) or settings.get("chat_template") or ""
+        if isinstance(template, list):
+            template = {t["name"]: t["template"] for t in template}.get("default", "no default")
+        added = [(i, {"content": piece}) for piece, i in extra("added_tokens.json").items()]
+        self.template, self.user_defined, self.added = template, {}, {}
+
+        def load(data):
+            rule = prefix_rule(raw)
+            if path.suffix == ".json":
+                self._read_json(raw, rule)
+            else:  # sentencepiece puts a ▁ in front of any text
+                later = settings.get("legacy", True) and (rule is None or rule[1])
+                self.in_front, self.later, self.doubled = True, later, True
+                self._read_model(data)
+            added.extend((token["id"], token) for token in raw.get("added_tokens", ()))
+            added.extend((int(i), t) for i, t in settings.get("added_tokens_decoder", {}).items())
+            names = [settings.get("bos_token"), settings.get("eos_token")]
+            names = [name["content"] if isinstance(name, dict) else name for name in names]
+            self._add_tokens(dict(added), *names)
+
+        read(path, load)
+
+    def _read_model(self, data):
         model = sentencepiece.SentencePieceProcessor()
-        try:
-            model.load_from_serialized_proto(path.read_bytes())
-            self._read_pieces(model)
-            self._check_pieces(model)
-            self.word_pattern, self.word_ids = self._choose_word_pattern(), {}
-            self._compare_with(model)
-        except (OSError, RuntimeError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            reason = getattr(error, "strerror", None) or str(error)
-            reason = "".join(c if c.isprintable() else "?" for c in reason)
-            raise ValueError(f"{path}: not a usable tokenizer model: {reason}") from None
-
-    def _read_pieces(self, model):
-        every = range(model.vocab_size())
-        self.vocab_size, self.pieces = len(every), model.id_to_piece(list(every))
-        self.bos_id, self.eos_id, self.unk_id = model.bos_id(), model.eos_id(), model.unk_id()
-        self.control = {i for i in every if model.is_control(i)}
-        self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
-        self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")
-                         if name in self.control_ids]  # empty in v1
-        self.byte_ids = model.piece_to_id([f"<0x{byte:02X}>" for byte in range(256)])
-        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
-        special = {self.unk_id, *self.control, *self.byte_ids}
-        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in special}
-        # In Mistral's models, as in all that sentencepiece trains, ordinary pieces come last.
-        self.first_ordinary = max(special) + 1
-        self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()
-                       if i >= self.first_ordinary}
-        self.user_defined = sorted(self.ids.keys() - self.scores.keys(), key=len, reverse=True)
-        either = "|".join(map(re.escape, self.user_defined)) or "(?!)"  # (?!) matches nothing
-        self.user_defined_pattern = re.compile(f"({either})")
-
-    def _check_pieces(self, model):
-        if not all(map(model.is_byte, self.byte_ids)):
-            raise ValueError("wanted a model with 256 byte pieces")
-        if not {self.bos_id, self.eos_id} <= self.control:
-            raise ValueError("wanted a model with the control pieces <s> and </s>")
-        for piece, score in self.scores.items():
-            rank = self.ids[piece] - self.first_ordinary
-            if score != -rank and (score != RUN_OF_SPACES_SCORE or piece.strip(SPACE)):
-                raise ValueError("wanted a BPE model, in which the score of a piece is minus the "
-                                 f"rank of its merge, but {piece!r} has {score} at rank {rank}")
-
-    def _choose_word_pattern(self):
-        """The regular expression of a word, at whose ends no merge crosses.
-
-        In Mistral's models no piece has a ▁ after another character, and none has a Latin letter
-        next to a character of another kind. So a word is a run of letters or of other characters,
-        with the ▁ in front of it. A model for other languages may lack the second property, for
-        example because it knows more letters than LATIN, and then a word ends only before a ▁.
-        """
-        for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
-            pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
-            if all(map(pattern.fullmatch, self.scores)):
-                return pattern
-        raise ValueError("wanted a model without pieces that have a ▁ after another character")
-
-    def _compare_with(self, model):
-        """Raise ValueError if sentencepiece encodes or decodes a sample text differently."""
+        model.load_from_serialized_proto(data)
+        every = list(range(model.vocab_size()))
+        pieces, scores, kinds, at = model.id_to_piece(every), model.get_score(every), [], 0
+        for piece, score in zip(pieces, scores, strict=True):
+            entry = piece.encode() + b"\x15" + struct.pack("<f", score)
+            at = data.index(entry, at) + len(entry)
+            # The kind of a piece follows its score: 3 is control, 4 user-defined.
+            kinds.append(data[at + 1] if data[at:at + 1] == b"\x18" else 1)
+        self.user_defined = {pieces[i]: i for i in every if kinds[i] == 4}
+        # In sentencepiece 0.0 is higher than -0.0, the score of the first merge in training.
+        scores = {pieces[i]: scores[i] or copysign(5e-324, scores[i])
+                  for i in every if kinds[i] == 1}
+        self._take(dict(zip(pieces, every, strict=True)), scores, "", scores)
+        self._add_tokens({i: {"content": pieces[i]} for i in every if kinds[i] == 3})
         # The spaces, the ligature and the tab reveal other normalisers, the pieces other models.
-        common = "".join(self.pieces[self.first_ordinary:][:300])
-        text = "  Aﬁ\t " + " ".join(self.user_defined) + common + "".join(self.pieces[-100:])
-        ids = self.encode(text, bos=False)
-        more = [*ids, *range(self.first_ordinary), self.byte_ids[0xF0]]
-        if model.encode(text) != ids or model.decode(more) != self.decode(more):
+        some = [*scores][:300] + [*scores][-100:]
+        text = "  Aﬁ\t " + " ".join(self.user_defined) + "".join(some)
+        ids, rest = self.encode(text, bos=False), [*self.control, self.unk_id, *self.byte_ids]
+        if model.encode(text) != ids or model.decode(ids + rest) != self.decode(ids + rest):
             raise ValueError("wanted BPE that keeps all spaces and has the identity normaliser, "
                              "but sentencepiece encodes or decodes a sample text differently")
 
-    def encode(self, text, bos=True, eos=False):
+    def _read_json(self, raw, rule):
+        model, splitter = raw["model"], raw.get("pre_tokenizer")
+        options = "dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"
+        found = [f"{model.get('type')}", *(name for name in options if model.get(name))]
+        if found != ["BPE"] or not rule or not model.get("byte_fallback"):
+            byte = "byte-level " * ("ByteLevel" in str(splitter))
+            raise ValueError("wanted the byte-fallback BPE of Llama and Mistral, found "
+                             f"{byte}{' with '.join(found)}, byte_fallback "
+                             f"{model.get('byte_fallback')}, normalizer {raw.get('normalizer')}, "
+                             f"pre_tokenizer {splitter}"[:300])
+        self.in_front, self.later, self.doubled = rule
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        unions = {pair.replace(" ", "", 1) for pair in pairs}
+        if lost := unions - model["vocab"].keys():
+            raise ValueError(f"the merges make {min(lost)!r}, which is not in the vocabulary")
+        scores = {pair: -rank for rank, pair in enumerate(pairs)}
+        self._take(dict(model["vocab"]), scores, " ", unions)
+
+    def _take(self, ids, scores, gap, unions):
+        self.ids, self.scores, self.gap, self.control = ids, scores, gap, set()
+        self.word_pattern, self.unk_id = word_pattern(unions), ids["<unk>"]
+        self.byte_ids = [ids[f"<0x{byte:02X}>"] for byte in range(256)]
+        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
+        self.pieces = [""] * (max(ids.values()) + 1)
+        for piece, i in ids.items():
+            self.pieces[i] = piece
+        for i in (self.unk_id, *self.byte_ids):
+            del ids[self.pieces[i]]
+
+    def _add_tokens(self, added, bos=None, eos=None):
+        """Add tokens, {id: {"content": text, "special": ...}}, and set BOS and EOS by name."""
+        control, taken = {START, END, "<s>", "</s>", bos, eos}, {self.unk_id, *self.control}
+        added = {self.ids[name]: {"content": name} for name in control & self.ids.keys()} | added
+        for i, token in added.items():
+            piece, old = token["content"], self.pieces[i] if 0 <= i < len(self.pieces) else ""
+            if i < 0 or old != piece and self.ids.get(old) == i:
+                raise ValueError(f"the added token {piece!r} has the id {i}, which is not free")
+            self.pieces += [""] * (i + 1 - len(self.pieces))
+            self.pieces[i] = piece
+            if i in taken:
+                continue
+            if token.get("special", True) or piece in control:
+                self.control.add(i)
+                self.ids.pop(piece, None)
+                self.user_defined.pop(piece, None)
+                for n in range(len(piece)):
+                    self.scores.pop(piece[:n] + self.gap + piece[n:], None)
+            elif token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
+                raise ValueError(f"the added token {piece!r} strips spaces or is a single word")
+            elif token.get("normalized") and self.gap and self.doubled:
+                self.user_defined[SPACE + piece.replace(" ", SPACE)] = i
+            elif piece not in self.user_defined:
+                self.added[piece] = i
+        self.vocab_size, self.word_ids = len(self.pieces), {}
+        self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
+        self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")
+                         if name in self.control_ids]  # empty in v1
+        self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
+        self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
+        self.eos_ids = frozenset({self.eos_id})
+        self.patterns = any_of(self.added), any_of(self.user_defined)
+
+    def encode(self, text, bos=True, eos=False, first=True):
         """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
 
+        With first=False it is the text after a control id, which some tokenizers begin without ▁.
         Raises ValueError if the text is not a str or has a lone surrogate.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a str, got {type(text).__name__}")
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has a lone surrogate at character {error.start}, which is not "
-                             "Unicode text; decode the original bytes as UTF-8") from None
-        ids = [self.bos_id] if bos else []
-        text = text and SPACE + text.replace(" ", SPACE)  # an empty text has no ids
-        for n, part in enumerate(self.user_defined_pattern.split(text)):
-            if n % 2:  # re.split returns text and matches of the group in turn
-                ids.append(self.ids[part])
-            else:
-                for word in self.word_pattern.findall(part):
+            str.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"text must be a str without lone surrogates: {error}") from None
+        ids, (added, user_defined) = [self.bos_id] * bos, self.patterns
+        for n, part in enumerate(added.split(text)):  # texts and matches of the group in turn
+            if n % 2:
+                ids.append(self.added[part])
+                continue
+            part = part.replace(" ", SPACE)
+            if part and (self.in_front if first and n == 0 else self.later):
+                part = SPACE + part if self.doubled or part[0] != SPACE else part
+            for m, run in enumerate(user_defined.split(part)):
+                if m % 2:
+                    ids.append(self.user_defined[run])
+                    continue
+                for word in self.word_pattern.findall(run):
                     ids += self.word_ids.get(word) or self._encode_word(word)
-        return ids + [self.eos_id] if eos else ids
+        return ids + [self.eos_id] * eos
 
     def _encode_word(self, word):
         """The ids of a word, which are remembered if the word is short."""
         ids = []
-        for symbol in merge(word, self.scores):
-            if symbol in self.scores:
+        for symbol in merge(word, self.scores, self.gap):
+            if symbol in self.ids:
                 ids.append(self.ids[symbol])
             else:
-                ids += (self.byte_ids[byte] for byte in symbol.encode("utf-8"))
+                ids += (self.byte_ids[byte] for byte in symbol.encode())
         if len(word) <= MAX_WORD_LENGTH:
             if len(self.word_ids) >= MAX_WORDS:
                 self.word_ids.clear()
@@ -192,7 +298,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, messages):
-        """The ids of a conversation in the format of Mistral's instruct models.
+        """The ids of a conversation in the format of Mistral's instruct models, or in ChatML.
 
             <s> [INST] user [/INST] assistant </s> [INST] user [/INST]
 
@@ -203,25 +309,59 @@ class Tokenizer:
         In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
         the first user text. One user message "a" gives 1 733 16289 28793 264 733 28748 16289 28793.
         In v2 and v3 they are control ids, and the system text is put before the last user text.
-        Raises ValueError for any other `messages`.
+        Raises ValueError for any other `messages`, and if the checkpoint has another template.
         """
         self._check_messages(messages)
+        marks = self.control_ids.keys() & {START, END, "[SYSTEM_PROMPT]"}
+        if self.template and "[INST]" not in self.template or marks - {START, END} or (
+                marks and not self.template):
+            return self._encode_chatml(messages, marks)
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         turns = [message for message in messages if message["role"] != "system"]
-        system_turn = len(turns) - 1 if self.inst_ids else 0
-        ids = [self.bos_id]
-        for n, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                ids += [*self._answer_ids(turn["content"]), self.eos_id]
-            else:
-                before = f"{system}\n\n" if system and n == system_turn else ""
-                ids += self._user_ids(before + turn["content"])
+        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0
+        for n, text in enumerate(turn["content"] for turn in turns):
+            if n % 2 == 0:
+                text = f"{system}\n\n{text}" if system and n == system_turn else text
+                text = text if self.inst_ids else f"[INST] {text} [/INST]"
+                ids += [*self.inst_ids[:1], *self.encode(text, bos=False), *self.inst_ids[1:]]
+                continue
+            if isinstance(text, str):
+                text = self.encode(text.rstrip(" ") if self.inst_ids else text, bos=False)
+            ids += [*text, self.eos_id]
+        return ids
+
+    def _encode_chatml(self, messages, marks):
+        """The ids of a conversation that the chat template writes in ChatML.
+
+        ChatML is spelt in many ways, and a template is a program. So it is run, and gets stand-ins
+        for the contents, because a user's text must not become a control id. They have to come out
+        as they are, each once and in turn.
+        """
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which comes with torch
+
+        stand_ins = {f" \ue000{n}\n": message for n, message in enumerate(messages)}
+        bos, eos, text = self.pieces[self.bos_id], self.pieces[self.eos_id], ""
+        with suppress(Exception):  # of any kind, since the program is a stranger's
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            text = environment.from_string(self.template).render(
+                messages=[message | {"content": each} for each, message in stand_ins.items()],
+                add_generation_prompt=True, bos_token=bos, eos_token=eos)
+        if not (marks == {START, END} and START in self.template and END in self.template
+                and re.findall(" \ue000\\d+\n", text) == [*stand_ins]):
+            found = repr(self.template) if self.template else f"none and {min(marks)}"
+            raise ValueError("chat: wanted the chat template of Mistral's v1 to v3 or of ChatML, "
+                             f"found {found:.80}; plain completion works")
+        known = {name: [i] for name, i in self.control_ids.items()}
+        known |= {each: message["content"] for each, message in stand_ins.items()
+                  if isinstance(message["content"], list)}
+        ids = []
+        for part in any_of(known).split(text):
+            ids += known[part] if part in known else self.encode(
+                re.sub(" \ue000\\d+\n", lambda match: stand_ins[match[0]]["content"], part),
+                bos=False, first=False)
         return ids
 
     def _check_messages(self, messages):
-        if "[SYSTEM_PROMPT]" in self.control_ids:
-            raise ValueError("chat: this tokenizer has [SYSTEM_PROMPT] and needs a later template "
-                             "than Mixtral's v1 to v3; encode the conversation with mistral-common")
         for n, message in enumerate(messages):
             if not isinstance(message, dict) or message.keys() != {"role", "content"}:
                 raise ValueError(f"chat: message {n} must be a dict with the keys 'role' and "
@@ -233,32 +373,22 @@ class Tokenizer:
             elif not isinstance(content, str):
                 raise ValueError(f"chat: the content of message {n} must be a str, "
                                  f"got {type(content).__name__}")
-        roles = [message["role"] for message in messages]
-        turns = roles[1:] if roles[:1] == ["system"] else roles
-        if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
+        roles = " ".join(str(message["role"]) for message in messages)
+        if not re.fullmatch("(system )?user( assistant user)*", roles):
             raise ValueError("chat: the roles must be user and assistant in turn, from user to "
                              f"user, after an optional system; got {roles!r:.80}")
 
-    def _answer_ids(self, content):
-        if isinstance(content, list):
-            return content
-        return self.encode(content.rstrip(" ") if self.inst_ids else content, bos=False)
-
-    def _user_ids(self, text):
-        if not self.inst_ids:
-            return self.encode(f"[INST] {text} [/INST]", bos=False)
-        return [self.inst_ids[0], *self.encode(text, bos=False), self.inst_ids[1]]
-
     def check_id(self, i):
-        """Raise ValueError unless i is the id of a piece."""
-        if type(i) is not int or not 0 <= i < self.vocab_size:
-            raise ValueError(f"an id is an int in 0 … {self.vocab_size - 1}, got {i!r:.40}")
+        """Raise ValueError unless i is an id. A model can have more ids than there are pieces."""
+        if type(i) is not int or i < 0:
+            raise ValueError(f"an id is an int from 0 on, got {i!r:.40}")
 
     def decode(self, ids):
         """The text of ids, without the space that `encode` puts in front.
 
-        Control ids have no text, and the unknown id has the text " ⁇ ". Each byte that is not part
-        of a UTF-8 character gives one U+FFFD. Raises ValueError for an id outside the vocabulary.
+        Control ids and ids without a piece have no text, and the unknown id has the text " ⁇ ".
+        Each byte that is not part of a UTF-8 character gives one U+FFFD. Raises ValueError for what
+        is not an id.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
@@ -288,10 +418,10 @@ class StreamDecoder:
             self.has_begun = True
             return self._decode_bytes(bytes([t.byte_of[i]]))
         text = self.flush()
-        if i in t.control:
+        if i in t.control or i >= t.vocab_size or not t.pieces[i]:
             return text
         piece = " ⁇ " if i == t.unk_id else t.pieces[i].replace(SPACE, " ")
-        if not self.has_begun and i != t.unk_id:
+        if not self.has_begun and i != t.unk_id and t.in_front:
             piece = piece.removeprefix(" ")
         self.has_begun = True
         return text + piece
