@@ -102,10 +102,11 @@ def prefix_rule(raw):
     return None
 
 
-def any_of(texts):
-    """A pattern that matches the longest of these texts, as a group."""
-    either = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-    return re.compile(f"({either or '(?!)'})")  # (?!) matches nothing
+def splitter(marks):
+    """A function that splits a text into what is between marks, the longest ones, and the marks."""
+    if not marks:
+        return lambda text: [text]
+    return re.compile(f"({'|'.join(map(re.escape, sorted(marks, key=len, reverse=True)))})").split
 
 
 def word_pattern(unions):
@@ -175,9 +176,10 @@ class Tokenizer:
         model = sentencepiece.SentencePieceProcessor()
         model.load_from_serialized_proto(data)
         every = list(range(model.vocab_size()))
+        pack = struct.Struct("<Bf").pack
         pieces, scores, kinds, at = model.id_to_piece(every), model.get_score(every), [], 0
         for piece, score in zip(pieces, scores, strict=True):
-            entry = piece.encode() + b"\x15" + struct.pack("<f", score)
+            entry = piece.encode() + pack(0x15, score)
             at = data.index(entry, at) + len(entry)
             # The kind of a piece follows its score: 3 is control, 4 user-defined.
             kinds.append(data[at + 1] if data[at:at + 1] == b"\x18" else 1)
@@ -255,7 +257,7 @@ class Tokenizer:
         self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
         self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
         self.eos_ids = frozenset({self.eos_id})
-        self.patterns = any_of(self.added), any_of(self.user_defined)
+        self.splitters = splitter(self.added), splitter(self.user_defined)
 
     def encode(self, text, bos=True, eos=False, first=True):
         """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
@@ -267,15 +269,15 @@ class Tokenizer:
             str.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"text must be a str without lone surrogates: {error}") from None
-        ids, (added, user_defined) = [self.bos_id] * bos, self.patterns
-        for n, part in enumerate(added.split(text)):  # texts and matches of the group in turn
+        ids, (at_added, at_user_defined) = [self.bos_id] * bos, self.splitters
+        for n, part in enumerate(at_added(text)):
             if n % 2:
                 ids.append(self.added[part])
                 continue
             part = part.replace(" ", SPACE)
             if part and (self.in_front if first and n == 0 else self.later):
                 part = SPACE + part if self.doubled or part[0] != SPACE else part
-            for m, run in enumerate(user_defined.split(part)):
+            for m, run in enumerate(at_user_defined(part)):
                 if m % 2:
                     ids.append(self.user_defined[run])
                     continue
@@ -287,8 +289,8 @@ class Tokenizer:
         """The ids of a word, which are remembered if the word is short."""
         ids = []
         for symbol in merge(word, self.scores, self.gap):
-            if symbol in self.ids:
-                ids.append(self.ids[symbol])
+            if (i := self.ids.get(symbol)) is not None:
+                ids.append(i)
             else:
                 ids += (self.byte_ids[byte] for byte in symbol.encode())
         if len(word) <= MAX_WORD_LENGTH:
@@ -355,7 +357,7 @@ class Tokenizer:
         known |= {each: message["content"] for each, message in stand_ins.items()
                   if isinstance(message["content"], list)}
         ids = []
-        for part in any_of(known).split(text):
+        for part in splitter(known)(text):
             ids += known[part] if part in known else self.encode(
                 re.sub(" \ue000\\d+\n", lambda match: stand_ins[match[0]]["content"], part),
                 bos=False, first=False)
