@@ -17,11 +17,11 @@ The vocabulary is a list of pieces, and the index of a piece is its id. There ar
     unknown        <unk>; because of the byte pieces, no text encodes to it
     user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
 
-Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
-differ in their control and user-defined pieces, and so in the format of a chat. Because the same
-words occur again and again, a text is split into words, at places that no merge can cross, and the
-ids of short words are remembered. A tokenizer.model is parsed by sentencepiece, which also has what
-is not here: training, unigram models, and normalisers other than the identity.
+Here v1, v2 and v3 are the versions of Mistral's tokenizer.model; Mixtral 8x7B has v1. They differ
+in their control and user-defined pieces, and so in the format of a chat. Because the same words
+occur again and again, a text is split into words, at places that no merge can cross, and the ids of
+short words are remembered. sentencepiece parses tokenizer.model; it also has what is not here:
+training, unigram models, and normalisers other than the identity.
 """
 
 import codecs
@@ -42,6 +42,7 @@ FILES = (*(f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1"))
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+STAND_IN = " \ue000\\d+\n"  # for the content of a message in a chat template
 START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
 
 
@@ -53,7 +54,7 @@ def merge(word, scores, gap=""):
     >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
 
-    In a tokenizer.json pairs have scores, not unions. Their keys have a `gap`, as in "ab c".
+    With a `gap`, as in a tokenizer.json, not unions but pairs have scores, for example "ab c".
     """
     heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
@@ -89,8 +90,8 @@ def read(path, parse):
 
 
 def prefix_rule(raw):
-    """Whether a tokenizer.json puts a ▁ in front of the text, of what follows an added token, and
-    of another ▁. None if it treats spaces in another way.
+    """Whether a tokenizer.json puts a ▁ before the text, after each added token, and before another
+    ▁; None if it treats spaces in another way.
     """
     normalizer, splitter = raw.get("normalizer"), raw.get("pre_tokenizer")
     if normalizer and not splitter:
@@ -113,9 +114,9 @@ def word_pattern(unions):
     """The regular expression of a word, at whose ends no merge crosses.
 
     In Mistral's models no piece has a ▁ after another character, and none has a Latin letter next
-    to a character of another kind. So a word is a run of letters or of other characters, with the
-    ▁ in front of it. A model for other languages may lack the second property, and then a word ends
-    only before a ▁. Without the first one, the whole text is a word.
+    to a character of another kind. So a word is a run of letters or of other characters, with the ▁
+    in front of it. Without the second property it ends only before a ▁, and without the first one
+    it is the whole text.
     """
     for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
         pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
@@ -135,8 +136,7 @@ class Tokenizer:
     bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>, or of the BOS and EOS that are named
     eos_ids                  the set of ids that end a text, here {eos_id}
     pieces                   a list with the piece of each id, "" for an id without a piece
-    ids                      a dict with the id of each ordinary or user-defined piece
-    scores                   a dict with the score of each ordinary piece, or pair, as for `merge`
+    ids, scores              dicts with the id and the score of each ordinary piece
     control, control_ids     the set of control ids, and a dict with the id of each control piece
     """
 
@@ -153,7 +153,7 @@ class Tokenizer:
         template = extra("chat_template.jinja", bytes.decode) or settings.get("chat_template") or ""
         if isinstance(template, list):
             template = {t["name"]: t["template"] for t in template}.get("default", "no default")
-        added = [(i, {"content": piece}) for piece, i in extra("added_tokens.json").items()]
+        added = {i: {"content": piece} for piece, i in extra("added_tokens.json").items()}
         self.template, self.user_defined, self.added = template, {}, {}
 
         def load(data):
@@ -164,11 +164,10 @@ class Tokenizer:
                 later = settings.get("legacy", True) and (rule is None or rule[1])
                 self.in_front, self.later, self.doubled = True, later, True
                 self._read_model(data)
-            added.extend((token["id"], token) for token in raw.get("added_tokens", ()))
-            added.extend((int(i), t) for i, t in settings.get("added_tokens_decoder", {}).items())
+            added.update({token["id"]: token for token in raw.get("added_tokens", ())})
+            added.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
             names = [settings.get("bos_token"), settings.get("eos_token")]
-            names = [name["content"] if isinstance(name, dict) else name for name in names]
-            self._add_tokens(dict(added), *names)
+            self._add_tokens(added, *(n["content"] if isinstance(n, dict) else n for n in names))
 
         read(path, load)
 
@@ -200,13 +199,12 @@ class Tokenizer:
     def _read_json(self, raw, rule):
         model, splitter = raw["model"], raw.get("pre_tokenizer")
         options = "dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"
-        found = [f"{model.get('type')}", *(name for name in options if model.get(name))]
+        byte = "byte-level " * ("ByteLevel" in str(splitter))
+        found = [f"{byte}{model.get('type')}", *(name for name in options if model.get(name))]
         if found != ["BPE"] or not rule or not model.get("byte_fallback"):
-            byte = "byte-level " * ("ByteLevel" in str(splitter))
             raise ValueError("wanted the byte-fallback BPE of Llama and Mistral, found "
-                             f"{byte}{' with '.join(found)}, byte_fallback "
-                             f"{model.get('byte_fallback')}, normalizer {raw.get('normalizer')}, "
-                             f"pre_tokenizer {splitter}"[:300])
+                             f"{' with '.join(found)}, byte_fallback {model.get('byte_fallback')}, "
+                             f"normalizer {raw.get('normalizer')}, pre_tokenizer {splitter}"[:300])
         self.in_front, self.later, self.doubled = rule
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         unions = {pair.replace(" ", "", 1) for pair in pairs}
@@ -309,14 +307,13 @@ class Tokenizer:
         the list of ids that it generated, since these can differ from the ids of their text.
 
         In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
-        the first user text. One user message "a" gives 1 733 16289 28793 264 733 28748 16289 28793.
-        In v2 and v3 they are control ids, and the system text is put before the last user text.
+        the first user text. In v2 and v3 they are control ids, and it is put before the last one.
         Raises ValueError for any other `messages`, and if the checkpoint has another template.
         """
         self._check_messages(messages)
         marks = self.control_ids.keys() & {START, END, "[SYSTEM_PROMPT]"}
-        if self.template and "[INST]" not in self.template or marks - {START, END} or (
-                marks and not self.template):
+        mistral = "[INST]" in self.template if self.template else not marks
+        if not mistral or "[SYSTEM_PROMPT]" in marks:
             return self._encode_chatml(messages, marks)
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         turns = [message for message in messages if message["role"] != "system"]
@@ -346,35 +343,30 @@ class Tokenizer:
         with suppress(Exception):  # of any kind, since the program is a stranger's
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
             text = environment.from_string(self.template).render(
-                messages=[message | {"content": each} for each, message in stand_ins.items()],
+                messages=[m | {"content": each} for each, m in stand_ins.items()],
                 add_generation_prompt=True, bos_token=bos, eos_token=eos)
-        if not (marks == {START, END} and START in self.template and END in self.template
-                and re.findall(" \ue000\\d+\n", text) == [*stand_ins]):
+        named = marks.intersection(splitter([START, END])(text))
+        if named != {START, END} or re.findall(STAND_IN, text) != [*stand_ins]:
             found = repr(self.template) if self.template else f"none and {min(marks)}"
             raise ValueError("chat: wanted the chat template of Mistral's v1 to v3 or of ChatML, "
                              f"found {found:.80}; plain completion works")
         known = {name: [i] for name, i in self.control_ids.items()}
-        known |= {each: message["content"] for each, message in stand_ins.items()
-                  if isinstance(message["content"], list)}
+        known |= {each: m["content"] for each, m in stand_ins.items() if type(m["content"]) is list}
         ids = []
         for part in splitter(known)(text):
-            ids += known[part] if part in known else self.encode(
-                re.sub(" \ue000\\d+\n", lambda match: stand_ins[match[0]]["content"], part),
-                bos=False, first=False)
+            ids += known.get(part) or self.encode(re.sub(
+                STAND_IN, lambda match: stand_ins[match[0]]["content"], part), False, first=False)
         return ids
 
     def _check_messages(self, messages):
         for n, message in enumerate(messages):
-            if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            content = message.get("content") if isinstance(message, dict) else None
+            is_ids = isinstance(content, list) and message.get("role") == "assistant"
+            if not (isinstance(content, str) or is_ids) or message.keys() != {"role", "content"}:
                 raise ValueError(f"chat: message {n} must be a dict with the keys 'role' and "
-                                 f"'content', got {message!r:.80}")
-            role, content = message["role"], message["content"]
-            if role == "assistant" and isinstance(content, list):
-                for i in content:
-                    self.check_id(i)
-            elif not isinstance(content, str):
-                raise ValueError(f"chat: the content of message {n} must be a str, "
-                                 f"got {type(content).__name__}")
+                                 f"'content', which is a text, got {message!r:.80}")
+            for i in content if is_ids else ():
+                self.check_id(i)
         roles = " ".join(str(message["role"]) for message in messages)
         if not re.fullmatch("(system )?user( assistant user)*", roles):
             raise ValueError("chat: the roles must be user and assistant in turn, from user to "
@@ -389,8 +381,7 @@ class Tokenizer:
         """The text of ids, without the space that `encode` puts in front.
 
         Control ids and ids without a piece have no text, and the unknown id has the text " ⁇ ".
-        Each byte that is not part of a UTF-8 character gives one U+FFFD. Raises ValueError for what
-        is not an id.
+        Each byte that is not part of a UTF-8 character gives one U+FFFD.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
@@ -403,8 +394,7 @@ class Tokenizer:
 class StreamDecoder:
     """Decodes ids one at a time. The texts it returns, joined, are `decode` of all the ids.
 
-    Bytes of an unfinished UTF-8 character are held back until the character is complete or can no
-    longer be completed.
+    Bytes of an unfinished UTF-8 character are held back until nothing more can complete it.
     """
 
     def __init__(self, tokenizer):
