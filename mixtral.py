@@ -8,7 +8,7 @@ and computes with 12.9 billion of them for a token. The rest is an ordinary tran
     x = embed_tokens[tokens]
     for each layer:
         x = x + self_attn(input_layernorm(x))
-        x = x + block_sparse_moe(post_attention_layernorm(x))    # the sparse mixture of experts
+        x = x + block_sparse_moe(post_attention_layernorm(x))    # route, Expert and SparseMoE below
     logits = lm_head(norm(x))
 
 In the shapes of this repository, each letter has one meaning:
@@ -134,7 +134,7 @@ class Expert(nn.Module):
     (..., D) -> (..., D)
 
     w1 is the gate projection (SparseMoE.gate is the router), w3 the up and w2 the down projection.
-    A checkpoint that swaps w1 and w3 loads, because their shapes agree, but computes nonsense.
+    If a checkpoint swaps w1 and w3, it loads, because their shapes agree, but computes nonsense.
     """
 
     def __init__(self, D, M):
@@ -232,7 +232,7 @@ def visible(queries, keys, window):
     queries (B, S), keys (B, T) -> (B, S, T)
 
     A query sees at most W keys, its own included, or all j ≤ i if W is None, as in 8x7B. Because
-    positions are compared, keys can be in any order, as in the cache (empty slots: position −1).
+    positions are compared, keys can be in any order, as in the cache, whose empty slots have −1.
 
     Difference: the released `moe_one_file_ref.py` lets the queries of a prompt see W + 1 keys.
 
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output projection; a cache stores the first lengths[b] tokens of row b.
+    """All but the output projection; a cache stores only the lengths[b] real tokens of row b.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         positions = key_positions = torch.arange(S).expand(B, S)
         if cache is not None:
             positions = positions + cache.tokens_read[:, None]
-            key_positions = cache.reserve(positions, lengths)  # (B, T)
+            key_positions = cache.reserve(positions, lengths)  # (B, T); those of all stored keys
         x = self.embed_tokens(tokens)  # (B, S, D)
         turns = rotation(positions, c.head_dim, c.rope_theta)
         cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in turns)

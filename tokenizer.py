@@ -11,53 +11,60 @@
 
 The vocabulary is a list of pieces, and the index of a piece is its id. There are five kinds:
 
-    ordinary       text; its score is minus the rank of the merge that made it in training
+    ordinary       text; its score says how early it is merged
     byte           <0x00> to <0xFF>, for characters that are not pieces
     control        <s>, </s> and, since v2, [INST]: ids without text, which no text encodes to
     unknown        <unk>; because of the byte pieces, no text encodes to it
     user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
 
 Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
-differ in their control and user-defined pieces, and so in the format of a chat.
-
+differ in their control and user-defined pieces, and so in the format of a chat. Fine-tunes add
+tokens such as <|im_start|>, and some have a tokenizer.json in place of the tokenizer.model. No text
+that a user gives encodes to an added token: like control pieces, only `encode_chat` uses them.
 Because the same words occur again and again, a text is split into words, at places that no merge
-can cross, and the ids of short words are remembered.
-
-sentencepiece parses the model file. It also encodes and decodes a sample text whenever a model is
-loaded, and the model is refused if the results differ from those of this file.
-
-Not included, but available in sentencepiece: training, unigram models, and normalisers other than
-the identity.
+can cross, and the ids of short words are remembered. Not here, but in sentencepiece, which parses
+a tokenizer.model: training, unigram models, unused pieces, and other normalisers.
 """
 
 import codecs
 import heapq
+import json
 import re
+import struct
+from math import copysign
 from pathlib import Path
 
 import sentencepiece
 
 SPACE = "▁"  # U+2581, which stands for a space inside pieces
-RUN_OF_SPACES_SCORE = -1e9  # in Mistral's models, every piece that consists of ▁ has this score
 LATIN = "a-zA-ZÀ-ÖØ-öø-ɏ"  # without × and ÷, which are among the accented letters in Unicode
 MAX_WORDS, MAX_WORD_LENGTH = 1 << 16, 32  # of the words whose ids are remembered
+FILES = (*(f"tokenizer.model{version}" for version in ("", ".v3", ".v2", ".v1")), "tokenizer.json")
+ORDINARY, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of pieces in a tokenizer.model
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
 
 
-def merge(word, scores):
-    """Merge the neighbours whose union scores highest, leftmost first, until no union is a piece.
+def merge(word, scores, gap=""):
+    """Merge the neighbours whose union scores highest, leftmost first, until no union has a score.
 
     Takes O(n log n) time for n characters. Here "bc" is merged first, and then "abc":
 
-    >>> merge("abcab", {"bc": -0.0, "ab": -1.0, "abc": -2.0})
+    >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
+
+    In a tokenizer.json not unions but pairs such as "ab c" have scores; their `gap` is a space.
     """
-    heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by rank
+    heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
     start_of = [len(word), *range(len(word))]  # from the end of each symbol to its start
 
     def push(start, middle, end):
-        if (union := word[start:end]) in scores:  # empty if there is no such neighbour
-            heapq.heappush(heap, (-scores[union], start, middle, end))
+        key = word[start:middle] + gap + word[middle:end] if gap else word[start:end]
+        if key in scores:  # it is not if there is no neighbour on this side
+            heapq.heappush(heap, (-scores[key], start, middle, end))
 
     for start in range(len(word) - 1):
         push(start, start + 1, start + 2)
@@ -70,122 +77,198 @@ def merge(word, scores):
     return [word[start:end] for start, end in enumerate(end_of) if end]
 
 
+def read(path, parse):
+    """What `parse` makes of the bytes of a file. Raises ValueError with its path, in one line."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"version https://git-lfs"):
+            raise ValueError("a Git LFS pointer in place of the file; get it with: git lfs pull")
+        return parse(data)
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = "no " * isinstance(error, KeyError) + (getattr(error, "strerror", 0) or str(error))
+        raise ValueError(f"{path}: not a usable tokenizer: {' '.join(reason.split())}") from None
+
+
+def prefix_rule(raw):
+    """Whether a tokenizer.json puts a ▁ before a text, after a mark of a chat, and before another
+    ▁; None if it changes texts in a way that is not known here.
+    """
+    normalizer, splitter = raw.get("normalizer"), raw.get("pre_tokenizer")
+    if normalizer and not splitter:
+        steps = normalizer.get("normalizers", [normalizer])
+        return (len(steps) == 2,) * 3 if steps in ([PREPEND, REPLACE], [REPLACE]) else None
+    if splitter and not normalizer and splitter == splitter | METASPACE:
+        return splitter["prepend_scheme"] != "never", splitter["prepend_scheme"] == "always", False
+    return None
+
+
+def word_pattern(unions):
+    """The regular expression of a word, at whose ends no merge crosses.
+
+    In Mistral's models no piece has a ▁ after another character, and none has a Latin letter next
+    to another character. So a word is a run of letters or of others, with the ▁ in front of it.
+    Without the second property it ends only before a ▁, and without the first it is all the text.
+    """
+    for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
+        pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
+        if all(map(pattern.fullmatch, unions)):
+            return pattern
+    return re.compile("(?s).+")
+
+
 class Tokenizer:
-    """Text to ids and back, from a tokenizer.model file or the directory that holds it.
+    """Text to ids and back, from a tokenizer.model, a tokenizer.json or a directory with one.
 
-    Raises ValueError if the file is missing or damaged, or is not a byte-fallback BPE model with
-    the identity normaliser. All versions of Mistral's tokenizer.model are.
+    In a directory, other files may add tokens, name BOS and EOS, and give a chat template. Raises
+    ValueError for a file that is missing, damaged or not byte-fallback BPE.
 
-    vocab_size               the number of pieces
-    bos_id, eos_id, unk_id   the ids of <s>, </s> and <unk>
-    pieces                   a list with the piece of each id
-    ids                      a dict with the id of each ordinary or user-defined piece
-    scores                   a dict with the score of each ordinary piece
-    byte_ids                 a list with the id of each of the 256 bytes
-    control, control_ids     the set of control ids, and a dict with the id of each control piece
+    vocab_size, pieces, added   number of pieces, list of their texts, dict of those of added ids
+    bos_id, eos_id, unk_id      the ids of <s>, </s> and <unk>, or of what a directory names instead
+    eos_ids                     the set of ids that end a text: those of generation_config.json,
+                                else of config.json, else eos_id, and in ChatML also <|im_end|>
+    ids, scores, control_ids    dicts of ids and scores of ordinary pieces, and ids of control texts
     """
 
     def __init__(self, path):
-        path = Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+        path = directory = Path(path)
+        if path.is_dir():  # of several files the first of FILES
+            path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
+
+        def extra(name, parse=lambda data: {**json.loads(data)}):  # without a byte order mark
+            return read(directory / name, parse) if (directory / name).exists() else {}
+
+        raw = read(path, json.loads) if path.suffix == ".json" else extra("tokenizer.json")
+        settings = extra("special_tokens_map.json") | extra("tokenizer_config.json")
+        template = extra("chat_template.jinja", bytes.decode) or settings.get("chat_template") or ""
+        tokens = {i: {"content": text} for text, i in extra("added_tokens.json").items()}
+        ends = [extra(f"{name}config.json").get("eos_token_id") for name in ("generation_", "")]
+        def load(data):
+            rule = prefix_rule(raw)
+            if path.suffix == ".json":
+                self._read_json(raw, rule)
+            else:
+                after_mark = settings.get("legacy", True) and (rule is None or rule[1])
+                self._read_model(data, (True, after_mark, True))
+            tokens.update({token["id"]: token for token in raw.get("added_tokens", ())})
+            tokens.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
+            self._add(tokens, settings.get("bos_token"), settings.get("eos_token"))
+            self._set_chat_and_ends(template, [*ends, self.eos_id])
+
+        read(path, load)
+
+    def _read_model(self, data, rule):
         model = sentencepiece.SentencePieceProcessor()
-        try:
-            model.load_from_serialized_proto(path.read_bytes())
-            self._read_pieces(model)
-            self._check_pieces(model)
-            self.word_pattern, self.word_ids = self._choose_word_pattern(), {}
-            self._compare_with(model)
-        except (OSError, RuntimeError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            reason = getattr(error, "strerror", None) or str(error)
-            reason = "".join(c if c.isprintable() else "?" for c in reason)
-            raise ValueError(f"{path}: not a usable tokenizer model: {reason}") from None
-
-    def _read_pieces(self, model):
-        every = range(model.vocab_size())
-        self.vocab_size, self.pieces = len(every), model.id_to_piece(list(every))
-        self.bos_id, self.eos_id, self.unk_id = model.bos_id(), model.eos_id(), model.unk_id()
-        self.eos_ids = frozenset([self.eos_id])
-        self.control = {i for i in every if model.is_control(i)}
-        self.control_ids = {self.pieces[i]: i for i in sorted(self.control)}
-        self.inst_ids = [self.control_ids[name] for name in ("[INST]", "[/INST]")
-                         if name in self.control_ids]  # empty in v1
-        self.byte_ids = model.piece_to_id([f"<0x{byte:02X}>" for byte in range(256)])
-        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
-        special = {self.unk_id, *self.control, *self.byte_ids}
-        self.ids = {piece: i for i, piece in enumerate(self.pieces) if i not in special}
-        # In Mistral's models, as in all that sentencepiece trains, ordinary pieces come last.
-        self.first_ordinary = max(special) + 1
-        self.scores = {piece: model.get_score(i) for piece, i in self.ids.items()
-                       if i >= self.first_ordinary}
-        self.user_defined = sorted(self.ids.keys() - self.scores.keys(), key=len, reverse=True)
-        either = "|".join(map(re.escape, self.user_defined)) or "(?!)"  # (?!) matches nothing
-        self.user_defined_pattern = re.compile(f"({either})")
-
-    def _check_pieces(self, model):
-        if not all(map(model.is_byte, self.byte_ids)):
-            raise ValueError("wanted a model with 256 byte pieces")
-        if not {self.bos_id, self.eos_id} <= self.control:
-            raise ValueError("wanted a model with the control pieces <s> and </s>")
-        for piece, score in self.scores.items():
-            rank = self.ids[piece] - self.first_ordinary
-            if score != -rank and (score != RUN_OF_SPACES_SCORE or piece.strip(SPACE)):
-                raise ValueError("wanted a BPE model, in which the score of a piece is minus the "
-                                 f"rank of its merge, but {piece!r} has {score} at rank {rank}")
-
-    def _choose_word_pattern(self):
-        """The regular expression of a word, at whose ends no merge crosses.
-
-        In Mistral's models no piece has a ▁ after another character, and none has a Latin letter
-        next to a character of another kind. So a word is a run of letters or of other characters,
-        with the ▁ in front of it. A model for other languages may lack the second property, for
-        example because it knows more letters than LATIN, and then a word ends only before a ▁.
-        """
-        for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
-            pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
-            if all(map(pattern.fullmatch, self.scores)):
-                return pattern
-        raise ValueError("wanted a model without pieces that have a ▁ after another character")
-
-    def _compare_with(self, model):
-        """Raise ValueError if sentencepiece encodes or decodes a sample text differently."""
+        model.load_from_serialized_proto(data)
+        every = list(range(model.vocab_size()))
+        pieces, scores, kinds, at = model.id_to_piece(every), model.get_score(every), [], 0
+        for piece, score in zip(pieces, scores, strict=True):
+            # In the file, 0x18 and the kind of a piece follow its score, unless it is ordinary.
+            entry = piece.encode() + struct.pack("<Bf", 0x15, score)
+            at = data.index(entry, at) + len(entry)
+            kinds.append(data[at + 1] if data[at:at + 1] == b"\x18" else ORDINARY)
+        # In sentencepiece 0.0 is higher than -0.0, the score of the first merge in training.
+        scores = {pieces[i]: scores[i] or copysign(5e-324, scores[i])
+                  for i in every if kinds[i] == ORDINARY}
+        user_defined = {pieces[i]: i for i in every if kinds[i] == USER_DEFINED}
+        self._set(pieces, scores, "", scores, user_defined, rule)
+        self._add({i: {"content": pieces[i]} for i in every if kinds[i] == CONTROL})
         # The spaces, the ligature and the tab reveal other normalisers, the pieces other models.
-        common = "".join(self.pieces[self.first_ordinary:][:300])
-        text = "  Aﬁ\t " + " ".join(self.user_defined) + common + "".join(self.pieces[-100:])
-        ids = self.encode(text, bos=False)
-        more = [*ids, *range(self.first_ordinary), self.byte_ids[0xF0]]
-        if model.encode(text) != ids or model.decode(more) != self.decode(more):
-            raise ValueError("wanted BPE that keeps all spaces and has the identity normaliser, "
-                             "but sentencepiece encodes or decodes a sample text differently")
+        text = "".join(["  Aﬁ\t ", " ".join(user_defined), *[*scores][:300], *[*scores][-100:]])
+        more = [*(ids := self.encode(text, bos=False)), *self.control, self.unk_id, *self.byte_ids]
+        same = model.encode(text) == ids and model.decode(more) == self.decode(more)
+        if not same or UNUSED in kinds:
+            raise ValueError("wanted BPE with all spaces, the identity normaliser and no unused "
+                             "pieces, but sentencepiece encodes or decodes a sample differently")
 
-    def encode(self, text, bos=True, eos=False):
-        """The ids of a text. Only `bos` and `eos` add control ids; "</s>" in the text does not.
+    def _read_json(self, raw, rule):
+        model, vocab = raw["model"], raw["model"]["vocab"]
+        options = "dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"
+        is_bpe = model.get("type") == "BPE" and model.get("byte_fallback")
+        if not (is_bpe and rule) or any(map(model.get, options)):
+            parts = {name: raw.get(name) for name in ("normalizer", "pre_tokenizer")} | model
+            raise ValueError("wanted the byte-fallback BPE of Llama and Mistral, found "
+                             f"{parts | {'vocab': '…', 'merges': '…'}}")
+        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        scores = {pair: -rank for rank, pair in enumerate(pairs)}
+        unions = {pair.replace(" ", "", 1) for pair in pairs}
+        if unions - vocab.keys() or sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("a merge gives no piece, or the ids of the pieces are not 0, 1, 2, …")
+        self._set(sorted(vocab, key=vocab.get), scores, " ", unions, {}, rule)
 
-        Raises ValueError if the text is not a str or has a lone surrogate.
+    def _set(self, pieces, scores, gap, unions, user_defined, rule):
+        self.pieces, self.scores, self.gap, self.control = pieces, scores, gap, set()
+        self.user_defined = user_defined
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        self.unk_id = self.ids.pop("<unk>")
+        self.byte_ids = [self.ids.pop(f"<0x{byte:02X}>") for byte in range(256)]
+        self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
+        self.in_front, self.after_mark, self.doubled = rule
+        self.vocab_size, self.word_ids, self.word_pattern = len(pieces), {}, word_pattern(unions)
+
+    def _add(self, tokens, bos=None, eos=None):
+        """Add tokens, {id: {"content": text, "special": …}}, and set BOS and EOS by their names."""
+        bos, eos = (name["content"] if isinstance(name, dict) else name for name in (bos, eos))
+        known = {"<s>", "</s>", START, END, bos, eos}
+        tokens = {self.ids[name]: {"content": name} for name in known & self.ids.keys()} | tokens
+        texts = dict(enumerate(self.pieces))
+        for i, token in tokens.items():
+            text = token["content"]
+            if type(i) is not int or i < 0 or texts.setdefault(i, text) != text:
+                raise ValueError(f"the added token {text!r} has the id {i}, which is not free")
+            if i != self.unk_id and (token.get("special", True) or text in known):
+                self.control.add(i)
+                self.ids.pop(text, None)
+                self.user_defined.pop(text, None)
+                for n in range(len(text)):  # so that no merge makes it
+                    self.scores.pop(text[:n] + self.gap + text[n:], None)
+        self.added = {i: text for i, text in texts.items() if i >= self.vocab_size}
+        longest_first = sorted(self.user_defined, key=len, reverse=True)
+        either = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
+        self.user_defined_pattern = re.compile(f"({either})")
+        self.control_ids = {texts[i]: i for i in sorted(self.control)}
+        marks = [mark for mark in ("[INST]", "[/INST]") if mark in self.control_ids]
+        self.inst_ids = [self.control_ids[mark] for mark in marks]  # empty in v1
+        self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
+        self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
+
+    def _set_chat_and_ends(self, template, ends):
+        if isinstance(template, list):
+            template = {t["name"]: t["template"] for t in template}.get("default", "no default")
+        marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
+        self.template = template or marks[0]
+        self.has_chatml = all(m in marks and m in self.template for m in (START, END))
+        first = next(ids for ids in ends if ids is not None)
+        self.eos_ids = frozenset(first if isinstance(first, list) else [first])
+        if self.has_chatml:
+            self.eos_ids |= {self.control_ids[END]}
+
+    def encode(self, text, bos=True, eos=False, first=True):
+        """The ids of a text, with first=False of one after a mark. "</s>" in it is only text.
+
+        Raises ValueError if it is not a str or has a lone surrogate.
         """
-        if not isinstance(text, str):
-            raise ValueError(f"text must be a str, got {type(text).__name__}")
         try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"text has a lone surrogate at character {error.start}, which is not "
-                             "Unicode text; decode the original bytes as UTF-8") from None
-        ids = [self.bos_id] if bos else []
-        text = text and SPACE + text.replace(" ", SPACE)  # an empty text has no ids
+            str.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"text must be a str without lone surrogates: {error}") from None
+        ids, text = [self.bos_id] * bos, text.replace(" ", SPACE)
+        is_prefixed = self.in_front if first else self.after_mark
+        if text and is_prefixed and (self.doubled or text[0] != SPACE):
+            text = SPACE + text
         for n, part in enumerate(self.user_defined_pattern.split(text)):
             if n % 2:  # re.split returns text and matches of the group in turn
-                ids.append(self.ids[part])
+                ids.append(self.user_defined[part])
             else:
                 for word in self.word_pattern.findall(part):
                     ids += self.word_ids.get(word) or self._encode_word(word)
-        return ids + [self.eos_id] if eos else ids
+        return ids + [self.eos_id] * eos
 
     def _encode_word(self, word):
         """The ids of a word, which are remembered if the word is short."""
         ids = []
-        for symbol in merge(word, self.scores):
-            if symbol in self.scores:
-                ids.append(self.ids[symbol])
-            else:
-                ids += (self.byte_ids[byte] for byte in symbol.encode("utf-8"))
+        for symbol in merge(word, self.scores, self.gap):
+            known = symbol in self.ids
+            ids += [self.ids[symbol]] if known else [self.byte_ids[b] for b in symbol.encode()]
         if len(word) <= MAX_WORD_LENGTH:
             if len(self.word_ids) >= MAX_WORDS:
                 self.word_ids.clear()
@@ -193,7 +276,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, messages):
-        """The ids of a conversation in the format of Mistral's instruct models.
+        """The ids of a conversation in the format of Mistral's instruct models, or in ChatML.
 
             <s> [INST] user [/INST] assistant </s> [INST] user [/INST]
 
@@ -202,97 +285,89 @@ class Tokenizer:
         the list of ids that it generated, since these can differ from the ids of their text.
 
         In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
-        the first user text. One user message "a" gives 1 733 16289 28793 264 733 28748 16289 28793.
-        In v2 and v3 they are control ids, and the system text is put before the last user text.
-        Raises ValueError for any other `messages`.
+        the first user text. In v2 and v3 they are control ids, and it is put before the last one.
+        Raises ValueError for other `messages` and for other templates.
         """
-        self._check_messages(messages)
+        try:
+            form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
+        except (KeyError, TypeError):
+            form = repr(messages)
+        if not re.fullmatch("(system:str )?user:str( assistant:(str|list) user:str)*", form):
+            raise ValueError("chat: wanted texts of an optional system, then of user and assistant "
+                             f"in turn, from user to user; got {form!r:.200}")
+        if self.has_chatml:
+            return self._encode_chatml(messages)
+        if "[SYSTEM_PROMPT]" in self.control_ids or "[INST]" not in self.template:
+            raise ValueError("chat: the chat template is not that of Mistral's v1 to v3 or ChatML: "
+                             f"{self.template!r:.80}; without a chat, texts are continued as ever")
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        turns = [message for message in messages if message["role"] != "system"]
-        system_turn = len(turns) - 1 if self.inst_ids else 0
-        ids = [self.bos_id]
-        for n, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                ids += [*self._answer_ids(turn["content"]), self.eos_id]
+        turns = [message["content"] for message in messages if message["role"] != "system"]
+        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0
+        for n, text in enumerate(turns):
+            if n % 2:  # of the assistant
+                if isinstance(text, str):
+                    text = self.encode(text.rstrip(" ") if self.inst_ids else text, bos=False)
+                ids += [*text, self.eos_id]
             else:
-                before = f"{system}\n\n" if system and n == system_turn else ""
-                ids += self._user_ids(before + turn["content"])
+                text = f"{system}\n\n{text}" if system and n == system_turn else text
+                text = text if self.inst_ids else f"[INST] {text} [/INST]"
+                ids += [*self.inst_ids[:1], *self.encode(text, bos=False), *self.inst_ids[1:]]
         return ids
 
-    def _check_messages(self, messages):
-        if "[SYSTEM_PROMPT]" in self.control_ids:
-            raise ValueError("chat: this tokenizer has [SYSTEM_PROMPT] and needs a later template "
-                             "than Mixtral's v1 to v3; encode the conversation with mistral-common")
-        for n, message in enumerate(messages):
-            if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-                raise ValueError(f"chat: message {n} must be a dict with the keys 'role' and "
-                                 f"'content', got {message!r:.80}")
-            role, content = message["role"], message["content"]
-            if role == "assistant" and isinstance(content, list):
-                for i in content:
-                    self.check_id(i)
-            elif not isinstance(content, str):
-                raise ValueError(f"chat: the content of message {n} must be a str, "
-                                 f"got {type(content).__name__}")
-        roles = [message["role"] for message in messages]
-        turns = roles[1:] if roles[:1] == ["system"] else roles
-        if len(turns) % 2 == 0 or turns != (["user", "assistant"] * len(turns))[:len(turns)]:
-            raise ValueError("chat: the roles must be user and assistant in turn, from user to "
-                             f"user, after an optional system; got {roles!r:.80}")
+    def _encode_chatml(self, messages):
+        """Each message as <|im_start|>role, a line feed, its content, <|im_end|>, a line feed.
 
-    def _answer_ids(self, content):
-        if isinstance(content, list):
-            return content
-        return self.encode(content.rstrip(" ") if self.inst_ids else content, bos=False)
-
-    def _user_ids(self, text):
-        if not self.inst_ids:
-            return self.encode(f"[INST] {text} [/INST]", bos=False)
-        return [self.inst_ids[0], *self.encode(text, bos=False), self.inst_ids[1]]
-
-    def check_id(self, i):
-        """Raise ValueError unless i is the id of a piece."""
-        if type(i) is not int or not 0 <= i < self.vocab_size:
-            raise ValueError(f"an id is an int in 0 … {self.vocab_size - 1}, got {i!r:.40}")
+        Templates differ in whether BOS is in front and whether the last line feed is there. Raises
+        ValueError if the template trims the contents or has a system text that nobody gave.
+        """
+        joined = re.sub(r"['\" +~{}-]", "", self.template)  # without what joins texts in templates
+        own_system = START + "system" in joined and messages[0]["role"] != "system"
+        if own_system or re.search("trim|strip", self.template):
+            raise ValueError("chat: the chat template trims texts or has a system text of its own; "
+                             "give a system text, or encode the conversation with transformers")
+        ids = [self.bos_id] * ("bos_token" in self.template)
+        ends_line = END + "\n" in joined or END + "\\n" in joined
+        for role, content in [(m["role"], m["content"]) for m in messages]:
+            text, drawn = (content, []) if isinstance(content, str) else ("", content)
+            text = self.encode(f"{role}\n{text}", bos=False, first=False)
+            after = self.encode("\n" * ends_line, bos=False, first=False)
+            ids += [self.control_ids[START], *text, *drawn, self.control_ids[END], *after]
+        return [*ids, self.control_ids[START], *self.encode("assistant\n", bos=False, first=False)]
 
     def decode(self, ids):
         """The text of ids, without the space that `encode` puts in front.
 
-        Control ids have no text, and the unknown id has the text " ⁇ ". Each byte that is not part
-        of a UTF-8 character gives one U+FFFD. Raises ValueError for an id outside the vocabulary.
+        Control ids and ids without a piece have no text, the unknown id has the text " ⁇ ", and a
+        byte that is not part of a UTF-8 character gives U+FFFD. Raises ValueError for a wrong id.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
 
     def stream(self):
-        """A decoder that takes one id at a time."""
         return StreamDecoder(self)
 
 
 class StreamDecoder:
-    """Decodes ids one at a time. The texts it returns, joined, are `decode` of all the ids.
-
-    Bytes of an unfinished UTF-8 character are held back until the character is complete or can no
-    longer be completed.
-    """
+    """Decodes ids one at a time. The texts it returns, joined, are `decode` of all the ids."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.has_begun = tokenizer, False
-        # surrogateescape turns each undecodable byte into one of U+DC80 to U+DCFF.
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # U+DC00 + a bad byte
 
     def feed(self, i):
-        """The text that has become certain with id i, often empty."""
+        """The text that has become certain with id i: none while a character is unfinished."""
         t = self.tokenizer
-        t.check_id(i)
+        if type(i) is not int or i < 0:  # but a model may have more ids than the tokenizer
+            raise ValueError(f"an id is an int from 0 on, got {i!r:.40}")
         if i in t.byte_of:
             self.has_begun = True
             return self._decode_bytes(bytes([t.byte_of[i]]))
         text = self.flush()
-        if i in t.control:
+        piece = t.pieces[i] if i < t.vocab_size else t.added.get(i, "")
+        if i in t.control or not piece:
             return text
-        piece = " ⁇ " if i == t.unk_id else t.pieces[i].replace(SPACE, " ")
-        if not self.has_begun and i != t.unk_id:
+        piece = " ⁇ " if i == t.unk_id else piece.replace(SPACE, " ")
+        if not self.has_begun and i != t.unk_id and t.in_front:
             piece = piece.removeprefix(" ")
         self.has_begun = True
         return text + piece

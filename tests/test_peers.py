@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import vocabularies
+from vocabularies import BASE, CHATML, CONTROL, UNKNOWN
 
 from generate import generate
 from mixtral import Mixtral
+from tokenizer import SPACE, Tokenizer
 
 transformers = pytest.importorskip("transformers")
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -66,3 +69,94 @@ def test_the_embedded_checkpoint_loads_in_transformers_and_gives_the_same_logits
     with torch.inference_mode():
         ours = Mixtral.from_pretrained(TINY, torch.float32)(text)
         assert (ours - model.eval()(text).logits).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------ tokenizers
+
+
+def added_tokens(size):
+    """Tokens as tools add them: ordinary ones and the marks of ChatML, of which one is special."""
+    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return [{"id": size + n, "content": text, "special": special} | plain | more
+            for n, (text, special, more) in enumerate([
+                ("<x>", False, {}), ("<x>>", False, {}), ("[norm al]", False, {"normalized": True}),
+                ("<|im_end|>", True, {}), ("<|im_start|>", False, {})])]
+
+
+@pytest.mark.parametrize("form", vocabularies.FORMS)
+def test_tokenizer_json_gives_the_ids_of_the_tokenizers_library(tmp_path, form):
+    """Except that no text becomes a control piece or an added token; such texts are left out."""
+    library = pytest.importorskip("tokenizers")
+    for seed in range(20):
+        pieces = vocabularies.vocabulary(seed, extended=seed % 4)
+        raw = vocabularies.tokenizer_json(pieces, form, seed % 2, added_tokens(len(pieces))[:3])
+        ours = Tokenizer(vocabularies.write(tmp_path, tokenizer=raw))
+        theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        for text in vocabularies.texts_of(pieces, seed, 500):
+            if not any(name in text for name in ["<unk>", *ours.control_ids]):
+                wanted = theirs.encode(text, add_special_tokens=False).ids
+                assert ours.encode(text, bos=False) == wanted, (seed, text)
+
+
+LETTERS = [(text, -99.0 - n, 1) for n, text in enumerate([SPACE, *"abcdehstuy .\n"])]
+PIECES = [*BASE, *((text, -float(n), 1) for n, text in enumerate(
+    ["us", SPACE + "a", "as", "st", SPACE + "us", SPACE + "as", "\n\n", "th", "bc"])), *LETTERS]
+IM = "'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
+TEMPLATES = {
+    "plain": CHATML, "with BOS": "{{ bos_token }}" + CHATML,
+    "no newline": CHATML.replace(" + '\n'}}{% endfor", "}}{% endfor"),
+    "default system": CHATML.replace(
+        "{{'<|im", "{% if loop.first and message['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a cat.<|im_end|>\n' }}{% endif %}{{'<|im", 1),
+    "by role": """{%- for message in messages %}
+    {%- if message.role in ['system', 'user', 'assistant'] %}
+        {{- '<|im_start|>' ~ message.role }}
+{{ message.content + '<|im_end|>' }}
+    {% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}"""}
+TEXTS = ["a", "", " the bus ", "a\n\nb", "\ny", "stay  as a {{ bus }}", "é🦙"]
+
+
+@pytest.mark.parametrize("form", vocabularies.FORMS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("settings", [{}, {"legacy": False, "tokenizer_class": "LlamaTokenizer"}])
+def test_encode_chat_in_chatml_equals_apply_chat_template(tmp_path, form, template, settings):
+    tokens = added_tokens(len(PIECES))
+    vocabularies.write(
+        tmp_path, tokenizer=vocabularies.tokenizer_json(PIECES, form, added=tokens),
+        config={"model_type": "mixtral"},
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+                          "eos_token": "<|im_end|>", "unk_token": "<unk>",
+                          "chat_template": TEMPLATES[template]} | settings)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path)
+    for n, text in enumerate(TEXTS):
+        for system in (None, text):
+            for turns in (1, 3, 5):
+                messages = [] if system is None else [{"role": "system", "content": system}]
+                messages += [{"role": ("user", "assistant")[k % 2],
+                              "content": TEXTS[(n + k) % len(TEXTS)]} for k in range(turns)]
+                if template == "default system" and system is None:
+                    with pytest.raises(ValueError, match="system text"):
+                        ours.encode_chat(messages)
+                    continue
+                wanted = theirs.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False)
+                assert ours.encode_chat(messages) == wanted, messages
+    assert ours.eos_id == theirs.eos_token_id and ours.bos_id == theirs.bos_token_id
+
+
+def test_added_tokens_decode_as_in_transformers(tmp_path):
+    """Without skip_special_tokens transformers shows control tokens, which here have no text."""
+    tokens = [token | {"special": token["special"] or "im" in token["content"]}
+              for token in added_tokens(len(PIECES))]
+    vocabularies.write(tmp_path, tokenizer=vocabularies.tokenizer_json(PIECES, added=tokens))
+    ours = Tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    special = [n for n, (_, _, kind) in enumerate(PIECES) if kind in (CONTROL, UNKNOWN)]
+    ordinary = [ours.ids[SPACE + "us"], ours.ids["b"], tokens[0]["id"]]
+    for ids in ([*ordinary, tokens[3]["id"], *ordinary], [special[1], *ordinary[1:], ordinary[0]],
+                [*ordinary, ours.vocab_size + 7, *ordinary]):
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
