@@ -67,7 +67,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixtral import MixtralConfig
-from tokenizer import Tokenizer
+from tokenizer import FILES, Tokenizer
 
 # ------------------------------------------------------------------ names, shapes and row order
 
@@ -328,9 +328,6 @@ def write_config(part, config, target):
         "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
         **dataclasses.asdict(config), "torch_dtype": str(target.dtype).removeprefix("torch."),
         **({"quantization_config": target.scheme} if target.scheme else {})})
-    if not (part / "generation_config.json").exists():
-        write_json(part / "generation_config.json", {
-            "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id})
 
 
 # ------------------------------------------------------------------ the tokenizer for transformers
@@ -340,11 +337,15 @@ EXTRAS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
 
 
 def write_small_files(source, part, config, target):
-    """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer."""
-    models = list(source.glob("tokenizer.model")) or list(source.glob("tokenizer.model.v*"))
-    if len(models) == 1:  # newer releases of 8x22B call it tokenizer.model.v3
-        shutil.copyfile(models[0], part / "tokenizer.model")
-    else:
+    """Write the configuration and the tokenizer. Raises ValueError for an unfitting tokenizer.
+
+    The output has a tokenizer.json, without which transformers needs more packages. There, as in
+    every tokenizer of transformers, the text `</s>` encodes to the control token.
+    """
+    found = [source / name for name in FILES if (source / name).exists()]
+    if found and found[0].suffix != ".json":  # newer releases call it tokenizer.model.v3
+        shutil.copyfile(found[0], part / "tokenizer.model")
+    elif not found or target.layout == MISTRAL:
         report(f"{source} has no tokenizer.model; copy the one of this model to the output")
     if target.layout == MISTRAL:
         write_json(part / "params.json", params_from_config(config))
@@ -353,35 +354,30 @@ def write_small_files(source, part, config, target):
         if (source / name).exists():
             shutil.copyfile(source / name, part / name)
     write_config(part, config, target)
-    if len(models) == 1 and not (part / "tokenizer.json").exists():
-        write_tokenizer(models[0], part, config)
-
-
-def write_tokenizer(model, part, config):
-    """Write tokenizer.json, because transformers needs more packages to read a tokenizer.model.
-
-    As in every tokenizer of transformers, the text `</s>` encodes to the control token. Raises
-    ValueError if the tokenizer.model cannot belong to this model.
-    """
-    t = Tokenizer(model)
+    if not found:
+        return
+    t = Tokenizer(source)
     if t.vocab_size > config.vocab_size:
-        raise ValueError(f"{model}: has {t.vocab_size} pieces, but the model's vocabulary has only "
+        raise ValueError(f"{source}: the tokenizer has {t.vocab_size} pieces, the model only "
                          f"{config.vocab_size}; they do not belong together")
-    write_json(part / "tokenizer.json", fast_tokenizer(t))
+    texts = dict(enumerate(t.pieces)) | t.added
+    if not (part / "tokenizer.json").exists():
+        write_json(part / "tokenizer.json", fast_tokenizer(t, texts))
     if not (part / "tokenizer_config.json").exists():
         ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
         write_json(part / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: t.pieces[i] for name, i in ids.items()}})
+            **{name: texts[i] for name, i in ids.items()}})
 
 
-def fast_tokenizer(t):
+def fast_tokenizer(t, texts):
     """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
     plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": t.pieces[i], "special": True} | plain
-                         for i in sorted({t.unk_id, *t.control})],
+        "added_tokens": [
+            {"id": i, "content": texts[i], "special": i in t.control or i == t.unk_id} | plain
+            for i in sorted({t.unk_id, *t.control, *t.added})],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
@@ -408,8 +404,7 @@ def bos_template(t):
 def merges(t):
     """The merges of a BPE, best first: every split of a piece into two other pieces.
 
-    A merge ranks as its result does, by score. Equal scores rank by id; only runs of spaces have
-    them, and the shorter run comes first.
+    A merge ranks as its result does, by score, and of equal scores the lower id comes first.
     """
     ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
     return [f"{piece[:n]} {piece[n:]}" for piece in ranked for n in range(1, len(piece))
@@ -430,8 +425,6 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     checkpoint = open_checkpoint(source)
     target = choose_target(source, checkpoint, to, dtype, group_size)
     files = shards(output_tensors(checkpoint, target, errors), to, limit)
-    for note in checkpoint.notes:
-        report(note)
     announce(source, out, checkpoint, target, files)
     check_space(out, total_size(files))
     with complete_or_absent(out, directory=True) as part:
@@ -489,6 +482,8 @@ def total_size(files):
 
 def announce(source, out, checkpoint, target, files):
     """Print what was found and what will be written."""
+    for note in checkpoint.notes:
+        report(note)
     config, counts = checkpoint.config, {False: 0, True: 0}
     for parameter in parameters(config):
         counts[parameter.expert is not None] += math.prod(parameter.shape)
@@ -553,11 +548,11 @@ def refuse_prefixes(directory, names):
     for known in (name.format(n=0) for name in NAMES[2][:3]):  # the query projection
         for name in names:
             if name.endswith(f".{known}"):
-                raise ValueError(f"{directory}: the names are as {name}; remove the prefix "
-                                 f"{name.removesuffix(known)!r} from all of them")
+                raise ValueError(f"{directory}: take the prefix {name.removesuffix(known)!r} off "
+                                 "the names of all tensors")
     if "layers.0.self_attn.q_proj.weight" in names:
-        raise ValueError(f"{directory}: the tensors have names without the prefix 'model.'; put it "
-                         "in front of all but lm_head.weight")
+        raise ValueError(f"{directory}: put the prefix 'model.' in front of the names of all "
+                         "tensors but lm_head.weight")
 
 
 def dtype_of_experts(checkpoint):
@@ -570,8 +565,7 @@ def dtype_of_experts(checkpoint):
     """
     layout, tensors = checkpoint.layout, checkpoint.tensors
     names = [p.names[layout] for p in parameters(checkpoint.config) if p.expert is not None]
-    dtypes = ({tensors[name].dtype for name in names if name in tensors}
-              or {tensors[NAMES[0][layout]].dtype})
+    dtypes = {tensors[x].dtype for x in names if x in tensors} or {tensors[NAMES[0][layout]].dtype}
     if len(dtypes) > 1:
         raise ValueError(f"the experts have the dtypes {' and '.join(sorted(map(str, dtypes)))}; "
                          "choose one with --dtype")
@@ -714,14 +708,11 @@ def what_is_wrong(path, error):
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             return "a Git LFS pointer in place of the file; get the file with: git lfs pull"
-        if start.startswith(OLD_TORCH_SAVE) and path.suffix != ".safetensors":
+        if start.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9"):  # before PyTorch 1.6
             return "the old format of torch.save; load it with torch.load and save it again"
     if isinstance(error, UnpicklingError):
         return "damaged, or holds Python objects other than tensors, which could run code"
     return error.strerror if isinstance(error, OSError) else reason(error).splitlines()[0]
-
-
-OLD_TORCH_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9"  # a pickled number, before PyTorch 1.6
 
 
 def read_json(path):

@@ -257,8 +257,7 @@ def load(directory, dtype=None, device="auto"):
     """The tokenizer and the model of a directory; fast/ prepares the model for this machine.
 
     With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. "auto" is
-    CUDA if the weights fit there, else the CPU. Raises ValueError if the directory is incomplete or
-    damaged, or if the weights do not fit into memory.
+    CUDA if the weights fit there, else the CPU. Raises ValueError if the directory is damaged.
     """
     device = "cpu" if device == "auto" and not fast else device
     checkpoint = open_checkpoint(directory)

@@ -86,7 +86,7 @@ def read(path, parse):
         return parse(data)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = "no " * isinstance(error, KeyError) + (getattr(error, "strerror", 0) or str(error))
-        raise ValueError(f"{path}: not a usable tokenizer: {' '.join(reason.split())}") from None
+        raise ValueError(f"{path}: not a usable tokenizer: {repr(reason)[1:-1]}") from None
 
 
 def prefix_rule(raw):
@@ -153,10 +153,10 @@ class Tokenizer:
             tokens.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
             self._add(tokens, settings.get("bos_token"), settings.get("eos_token"))
             self._set_chat_and_ends(template, [*ends, self.eos_id])
-
         read(path, load)
 
     def _read_model(self, data, rule):
+        sentencepiece.set_min_log_level(2)  # no warnings to standard error; errors are raised
         model = sentencepiece.SentencePieceProcessor()
         model.load_from_serialized_proto(data)
         every = list(range(model.vocab_size()))

@@ -470,7 +470,7 @@ def foreign_tokenizer(source):
     (code_in_pickle, "consolidated.00.pth"), (compressed, "consolidated.00.pth"),
     (absent_shard, "model-2.safetensors"), (odd_index, "model.safetensors.index.json"),
     (lambda source: (source / "consolidated.00.pth").unlink(), "no weights here"),
-    (other_model, "transformer.h.0.weight"), (foreign_tokenizer, "tokenizer.model"),
+    (other_model, "transformer.h.0.weight"), (foreign_tokenizer, "2048 pieces"),
     (lambda source: (source / "params.json").unlink(), "params.json"),
     (change_params(hidden_dim=None, norm_eps=None), "hidden_dim, norm_eps"),
     (change_params(sliding_window="wide"), "sliding_window"),
