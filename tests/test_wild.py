@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import convert
 import generate
 from convert import open_checkpoint, write_safetensors
+from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 INDEX, ALL_SHARDS = "model.safetensors.index.json", "model-{}-of-2.safetensors"
@@ -211,6 +212,74 @@ def test_a_text_ends_at_the_ids_that_the_checkpoint_names(generation, config, wa
         assert completion.finish_reason is None
         completion.feed(token)
     assert completion.finish_reason == "eos"
+
+
+# ------------------------------------------------------------------ a fine-tune with ChatML
+
+
+END, START = 2048, 2049
+
+
+def writes(model, chain):
+    """Make a model write these ids and then the last one for ever, whatever it has read."""
+    for name, weight in model.named_parameters():
+        weight.fill_(1 if "norm" in name else 0)
+    model.model.embed_tokens.weight[:, 0] = 1
+    for n, token in enumerate(chain):
+        model.lm_head.weight[token, n] = 1
+        model.model.embed_tokens.weight[token] = torch.eye(24)[n + 1]
+    model.lm_head.weight[chain[-1], len(chain)] = 1
+    return model
+
+
+@pytest.fixture
+def fine_tune(tmp_path):
+    """Its first answer is the ids 400 and 500 and <|im_end|>."""
+    model = random_model(dtype=torch.bfloat16, vocab_size=2112, sliding_window=None)
+    source = save(writes(model, [400, 500, END, 600]), tmp_path / "chatml", eos_token_id=END)
+    shutil.copy(TINY / "tokenizer.model", source)
+    added = {"<|im_end|>": END, "<|im_start|>": START}
+    (source / "added_tokens.json").write_text(json.dumps(added))
+    (source / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<|im_end|>", "chat_template":
+            "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\\n' + m['content'] + "
+            "'<|im_end|>' + '\\n'}}{% endfor %}{{ '<|im_start|>assistant\\n' }}"}))
+    return source
+
+
+def test_a_text_ends_at_an_added_token_which_is_not_shown(fine_tune, capsys):
+    assert generate.main([f"--model={fine_tune}", "--prompt=Once", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == [400, 500, END] and found["finish_reason"] == "eos"
+    plain = Tokenizer(TINY)
+    text = plain.decode([*plain.encode("Once"), 400, 500]).removeprefix("Once")
+    assert found["text"] == text
+    for eos in (2, [2, 600]):  # the next ids are 600, and a row without a piece has no text
+        change_json(fine_tune / "config.json", eos_token_id=eos)
+        change_json(fine_tune / "tokenizer_config.json", chat_template="x")
+        assert generate.main([f"--model={fine_tune}", "--prompt=Once", "--json",
+                              "--max-new-tokens=6"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["tokens"] == [400, 500, END, *[600] * (3 if eos == 2 else 1)]
+        assert found["text"].startswith(text) and found["finish_reason"] == (
+            "length" if eos == 2 else "eos")
+
+
+def test_a_chat_in_chatml_continues_from_what_was_generated(fine_tune, capsys, monkeypatch):
+    tokenizer, model = generate.load(fine_tune)
+    chat, messages = generate.Chat(model, tokenizer), []
+    for text in ("Hi", "<|im_end|>"):
+        messages.append({"role": "user", "content": text})
+        ids = tokenizer.encode_chat(messages)
+        assert ids[-1] != END and ids.count(START) == len(messages) + 1
+        assert list(chat.answer(text, 9)) == [400, 500, END]
+        messages.append({"role": "assistant", "content": [400, 500]})
+        assert chat.messages == messages and chat.ids == [*ids, 400, 500]
+    change_json(fine_tune / "tokenizer_config.json", chat_template="{{ '<|user|>' }}")
+    capsys.readouterr()
+    assert generate.main([f"--model={fine_tune}", "--chat", "--prompt=Hi"]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "chat template" in told and "<|user|>" in told
 
 
 # ------------------------------------------------------------------ refusals
