@@ -109,7 +109,7 @@ def generate_steps(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, s
     lacks the last token of each row.
     """
     check_options(temperature, top_p, max_new_tokens, seed)
-    ends = eos_id if isinstance(eos_id, frozenset) else {eos_id}
+    ends = {eos_id} if isinstance(eos_id, int | None) else eos_id
     device = model.lm_head.weight.device
     tokens, lengths = pad(prompts, model.config.vocab_size, device)
     seeds = [secrets.randbelow(2**63) if seed is None else seed for _ in prompts]
