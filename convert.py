@@ -13,7 +13,7 @@ The weights of Mixtral are published in three layouts. The names of the tensors 
 All three can be read, and the first two can be written. `--dtype int4` writes the Hugging Face
 layout with experts in 4 bits, which is the subject of fast/int4.py. A checkpoint that has 4-bit
 weights already is copied as it is, or turned back into an ordinary one by another --dtype.
-generate.py reads checkpoints through `open_checkpoint` too, so both take them as they occur.
+generate.py reads checkpoints through `open_checkpoint` too, and so takes the same ones.
 
 The row order differs because of the rotary position embedding. Mistral's code rotates neighbouring
 rows of a head together, and Hugging Face's code rotates row i with row i + d/2. The same pairs must
@@ -28,7 +28,7 @@ meet, so every head of q and k is reordered. For d = 8:
 A checkpoint need not fit into memory. Its files are mapped, so the system reads a page when it is
 needed and may drop it again at any time, and besides these pages a conversion holds one matrix and
 its converted copy. Pickled files are opened with weights_only=True and cannot run code. The output
-is written to `.OUT.part` beside OUT, which gets its name when it is complete.
+is written to `.OUT.part` beside OUT, and renamed to OUT when it is complete.
 
 Not included: other quantised formats, LoRA weights, new chat templates (existing ones are copied),
 pieces that a v3 tokenizer declares as whole (its tokenizer.json spells them out), and two runs that
@@ -523,7 +523,7 @@ def open_checkpoint(directory):
     directory = Path(directory)
     tensors, files, notes = open_files(directory)
     if skipped := [name for name in tensors if name.endswith(NO_WEIGHTS)]:
-        notes.append(f"{len(skipped)} tensors are no weights and are ignored, as {skipped[0]}")
+        notes.append(f"{len(skipped)} tensors are not weights and ignored, such as {skipped[0]}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     refuse_prefixes(directory, tensors)
     matches = [sum(row[layout].format(n=0, e=0) in tensors for row in NAMES) for layout in LAYOUTS]
@@ -544,8 +544,8 @@ def open_checkpoint(directory):
 
 
 def refuse_prefixes(directory, names):
-    """Raises ValueError if all names of tensors have a prefix too many, or lack theirs."""
-    for known in (name.format(n=0) for name in NAMES[2][:3]):  # the query projection
+    """Raises ValueError if the names of tensors have an extra prefix or lack 'model.'."""
+    for known in (name.format(n=0) for name in NAMES[2][:3]):  # NAMES[2] is the query projection
         for name in names:
             if name.endswith(f".{known}"):
                 raise ValueError(f"{directory}: take the prefix {name.removesuffix(known)!r} off "
@@ -556,7 +556,7 @@ def refuse_prefixes(directory, names):
 
 
 def dtype_of_experts(checkpoint):
-    """The dtype to which the weights of a checkpoint belong. Raises ValueError if it is unclear.
+    """The dtype in which a checkpoint is meant to be used. Raises ValueError if it is unclear.
 
     Some programs keep the router, the norms or the scales of 4-bit weights in float32 beside
     experts of 16 bits. In such a checkpoint all weights take the dtype of the experts, because
@@ -573,7 +573,7 @@ def dtype_of_experts(checkpoint):
     if others := [name for name, tensor in tensors.items()
                   if tensor.is_floating_point() and tensor.dtype != dtype]:
         checkpoint.notes.append(f"{len(others)} tensors that are not {dtype} are converted to it, "
-                                f"as {others[0]}; --dtype chooses another dtype for all")
+                                f"such as {others[0]}; --dtype chooses another dtype for all")
     return dtype
 
 
@@ -585,7 +585,7 @@ def read_configuration(directory, layout):
         config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(path, raw)
     except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
         raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
-    if config.num_hidden_layers * config.num_local_experts > 2**14:  # the rest would take hours
+    if config.num_hidden_layers * config.num_local_experts > 2**14:  # to list so many takes hours
         raise ValueError(f"{path}: num_hidden_layers {config.num_hidden_layers} and "
                          f"num_local_experts {config.num_local_experts} fit no checkpoint")
     return config, raw
@@ -654,7 +654,7 @@ def choose_files(directory):
 
     If there is an index, it decides, because older shards and other copies may lie beside the files
     that it names. Without one, the map from tensors to files is empty. If none of its files exists,
-    the index was left over from another upload. Raises ValueError if there are no weights.
+    it was left over from another upload and is ignored. Raises ValueError if there are no weights.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory}: {'is a file' if directory.exists() else 'does not exist'}; "
@@ -668,8 +668,8 @@ def choose_files(directory):
         if any(path.exists() for path in files):
             return files, weight_map, notes
         if weight_map:
-            notes.append(f"{index}: ignored, because {files[0].name} and all other files that it "
-                         "names are missing")
+            notes.append(f"{index}: ignored, because none of its files is here, such as "
+                         f"{files[0].name}")
         whole = directory / f"{stem}{suffix}"
         if files := [whole] if whole.exists() else sorted(directory.glob(f"{stem}*{suffix}")):
             return files, {}, notes
@@ -698,8 +698,8 @@ def other_files(directory, notes):
                          "base model first, for example with merge_and_unload of peft")
     if files := sorted(directory.glob("*.safetensors")):
         return files
-    raise ValueError(notes[0] if notes else f"{directory}: no weights here; wanted "
-                     "model*.safetensors, pytorch_model*.bin or consolidated.*")
+    raise ValueError("; ".join([f"{directory}: no weights here; wanted model*.safetensors, "
+                                "pytorch_model*.bin or consolidated.*", *notes]))
 
 
 def what_is_wrong(path, error):
@@ -712,7 +712,7 @@ def what_is_wrong(path, error):
             return "the old format of torch.save; load it with torch.load and save it again"
     if isinstance(error, UnpicklingError):
         return "damaged, or holds Python objects other than tensors, which could run code"
-    return error.strerror if isinstance(error, OSError) else reason(error).splitlines()[0]
+    return getattr(error, "strerror", None) or reason(error).splitlines()[0]
 
 
 def read_json(path):

@@ -256,8 +256,8 @@ class Chat:
 def load(directory, dtype=None, device="auto"):
     """The tokenizer and the model of a directory; fast/ prepares the model for this machine.
 
-    With dtype None the weights keep their dtype, and on a CPU they stay mapped from disk. "auto" is
-    CUDA if the weights fit there, else the CPU. Raises ValueError if the directory is damaged.
+    With dtype None all weights have that of the experts, and on a CPU stay mapped from disk. "auto"
+    is CUDA if fast/ is there and the weights fit, else the CPU. Raises ValueError for bad files.
     """
     device = "cpu" if device == "auto" and not fast else device
     checkpoint = open_checkpoint(directory)
@@ -428,7 +428,7 @@ def print_experts(args, tokenizer, model, prompt, options):
 
 
 def converse(args, tokenizer, model, options):
-    """A conversation with one message per line, until /exit or the end of the input."""
+    """A conversation with one message per line, until /exit or the end; // sends a first slash."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and a history
     if os.environ.get("RANK") == "0":  # Ctrl-C ends torchrun and so all ranks

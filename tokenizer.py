@@ -20,10 +20,10 @@ The vocabulary is a list of pieces, and the index of a piece is its id. There ar
 Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
 differ in their control and user-defined pieces, and so in the format of a chat. Fine-tunes add
 tokens such as <|im_start|>, and some have a tokenizer.json in place of the tokenizer.model. No text
-that a user gives encodes to an added token: like control pieces, only `encode_chat` uses them.
+that a user gives encodes to one of them or to a control piece; `encode_chat` puts them in place.
 Because the same words occur again and again, a text is split into words, at places that no merge
-can cross, and the ids of short words are remembered. Not here, but in sentencepiece, which parses
-a tokenizer.model: training, unigram models, unused pieces, and other normalisers.
+can cross, and the ids of short words are remembered. sentencepiece parses a tokenizer.model. Not
+supported are training, unigram models, unused pieces and other normalisers.
 """
 
 import codecs
@@ -55,7 +55,7 @@ def merge(word, scores, gap=""):
     >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
 
-    In a tokenizer.json not unions but pairs such as "ab c" have scores; their `gap` is a space.
+    In a tokenizer.json pairs such as "ab c" have scores, by their order; the `gap` is a space.
     """
     heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
@@ -63,7 +63,7 @@ def merge(word, scores, gap=""):
 
     def push(start, middle, end):
         key = word[start:middle] + gap + word[middle:end] if gap else word[start:end]
-        if key in scores:  # it is not if there is no neighbour on this side
+        if key in scores:  # without a neighbour on this side a half is empty, and key has none
             heapq.heappush(heap, (-scores[key], start, middle, end))
 
     for start in range(len(word) - 1):
@@ -78,7 +78,7 @@ def merge(word, scores, gap=""):
 
 
 def read(path, parse):
-    """What `parse` makes of the bytes of a file. Raises ValueError with its path, in one line."""
+    """What `parse` makes of the bytes of a file. Raises a ValueError that names the file."""
     try:
         data = path.read_bytes()
         if data.startswith(b"version https://git-lfs"):
@@ -90,13 +90,13 @@ def read(path, parse):
 
 
 def prefix_rule(raw):
-    """Whether a tokenizer.json puts a ▁ before a text, after a mark of a chat, and before another
-    ▁; None if it changes texts in a way that is not known here.
+    """Three answers: does a tokenizer.json put a ▁ before a text, after a control token, and before
+    another ▁? None if it changes texts in a way that is not known here.
     """
     normalizer, splitter = raw.get("normalizer"), raw.get("pre_tokenizer")
     if normalizer and not splitter:
         steps = normalizer.get("normalizers", [normalizer])
-        return (len(steps) == 2,) * 3 if steps in ([PREPEND, REPLACE], [REPLACE]) else None
+        return (PREPEND in steps,) * 3 if steps in ([PREPEND, REPLACE], [REPLACE]) else None
     if splitter and not normalizer and splitter == splitter | METASPACE:
         return splitter["prepend_scheme"] != "never", splitter["prepend_scheme"] == "always", False
     return None
@@ -105,8 +105,8 @@ def prefix_rule(raw):
 def word_pattern(unions):
     """The regular expression of a word, at whose ends no merge crosses.
 
-    In Mistral's models no piece has a ▁ after another character, and none has a Latin letter next
-    to another character. So a word is a run of letters or of others, with the ▁ in front of it.
+    In Mistral's models a piece has ▁ only in front, and no Latin letter next to a character of
+    another kind. So a word is a run of letters or of other characters, with the ▁ in front of it.
     Without the second property it ends only before a ▁, and without the first it is all the text.
     """
     for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
@@ -123,10 +123,10 @@ class Tokenizer:
     ValueError for a file that is missing, damaged or not byte-fallback BPE.
 
     vocab_size, pieces, added   number of pieces, list of their texts, dict of those of added ids
-    bos_id, eos_id, unk_id      the ids of <s>, </s> and <unk>, or of what a directory names instead
+    bos_id, eos_id, unk_id      the ids of <s>, </s>, <unk>; a directory may name other BOS and EOS
     eos_ids                     the set of ids that end a text: those of generation_config.json,
                                 else of config.json, else eos_id, and in ChatML also <|im_end|>
-    ids, scores, control_ids    dicts of ids and scores of ordinary pieces, and ids of control texts
+    ids, control_ids            from text to id: of pieces that a text encodes to, of control tokens
     """
 
     def __init__(self, path):
@@ -134,7 +134,7 @@ class Tokenizer:
         if path.is_dir():  # of several files the first of FILES
             path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
 
-        def extra(name, parse=lambda data: {**json.loads(data)}):  # without a byte order mark
+        def extra(name, parse=lambda data: {**json.loads(data)}):  # a byte order mark is dropped
             return read(directory / name, parse) if (directory / name).exists() else {}
 
         raw = read(path, json.loads) if path.suffix == ".json" else extra("tokenizer.json")
@@ -147,7 +147,7 @@ class Tokenizer:
             if path.suffix == ".json":
                 self._read_json(raw, rule)
             else:
-                after_mark = settings.get("legacy", True) and (rule is None or rule[1])
+                after_mark = settings.get("legacy") is not False and (rule is None or rule[1])
                 self._read_model(data, (True, after_mark, True))
             tokens.update({token["id"]: token for token in raw.get("added_tokens", ())})
             tokens.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
@@ -177,7 +177,7 @@ class Tokenizer:
         more = [*(ids := self.encode(text, bos=False)), *self.control, self.unk_id, *self.byte_ids]
         same = model.encode(text) == ids and model.decode(more) == self.decode(more)
         if not same or UNUSED in kinds:
-            raise ValueError("wanted BPE with all spaces, the identity normaliser and no unused "
+            raise ValueError("wanted BPE that keeps all spaces, no normaliser and no unused "
                              "pieces, but sentencepiece encodes or decodes a sample differently")
 
     def _read_json(self, raw, rule):
@@ -188,11 +188,11 @@ class Tokenizer:
             parts = {name: raw.get(name) for name in ("normalizer", "pre_tokenizer")} | model
             raise ValueError("wanted the byte-fallback BPE of Llama and Mistral, found "
                              f"{parts | {'vocab': '…', 'merges': '…'}}")
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        scores = {pair: -rank for rank, pair in enumerate(pairs)}
-        unions = {pair.replace(" ", "", 1) for pair in pairs}
-        if unions - vocab.keys() or sorted(vocab.values()) != list(range(len(vocab))):
-            raise ValueError("a merge gives no piece, or the ids of the pieces are not 0, 1, 2, …")
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        scores = {" ".join(pair): -rank for rank, pair in enumerate(pairs)}
+        unions, halves = {"".join(pair) for pair in pairs}, {x for pair in pairs for x in pair}
+        if (unions | halves) - vocab.keys() or sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("a merge is not of pieces, or the ids of pieces are not 0, 1, 2, …")
         self._set(sorted(vocab, key=vocab.get), scores, " ", unions, {}, rule)
 
     def _set(self, pieces, scores, gap, unions, user_defined, rule):
@@ -203,7 +203,7 @@ class Tokenizer:
         self.byte_ids = [self.ids.pop(f"<0x{byte:02X}>") for byte in range(256)]
         self.byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
         self.in_front, self.after_mark, self.doubled = rule
-        self.vocab_size, self.word_ids, self.word_pattern = len(pieces), {}, word_pattern(unions)
+        self.vocab_size, self.word_pattern = len(pieces), word_pattern(unions)
 
     def _add(self, tokens, bos=None, eos=None):
         """Add tokens, {id: {"content": text, "special": …}}, and set BOS and EOS by their names."""
@@ -221,7 +221,7 @@ class Tokenizer:
                 self.user_defined.pop(text, None)
                 for n in range(len(text)):  # so that no merge makes it
                     self.scores.pop(text[:n] + self.gap + text[n:], None)
-        self.added = {i: text for i, text in texts.items() if i >= self.vocab_size}
+        self.word_ids, self.added = {}, {i: texts[i] for i in texts if i >= self.vocab_size}
         longest_first = sorted(self.user_defined, key=len, reverse=True)
         either = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
         self.user_defined_pattern = re.compile(f"({either})")
@@ -235,7 +235,7 @@ class Tokenizer:
         if isinstance(template, list):
             template = {t["name"]: t["template"] for t in template}.get("default", "no default")
         marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
-        self.template = template or marks[0]
+        self.template = template or marks[0]  # its first mark stands for a template that is missing
         self.has_chatml = all(m in marks and m in self.template for m in (START, END))
         first = next(ids for ids in ends if ids is not None)
         self.eos_ids = frozenset(first if isinstance(first, list) else [first])
@@ -282,7 +282,7 @@ class Tokenizer:
 
         `messages` is a list of {"role": ..., "content": ...}: an optional "system" message, then
         "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
-        the list of ids that it generated, since these can differ from the ids of their text.
+        the list of ids that it generated, without the last one that ended it.
 
         In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
         the first user text. In v2 and v3 they are control ids, and it is put before the last one.
@@ -297,7 +297,8 @@ class Tokenizer:
                              f"in turn, from user to user; got {form!r:.200}")
         if self.has_chatml:
             return self._encode_chatml(messages)
-        if "[SYSTEM_PROMPT]" in self.control_ids or "[INST]" not in self.template:
+        marks = {*re.findall(r"\[INST\]|<<SYS>>", self.template)}
+        if "[SYSTEM_PROMPT]" in self.control_ids or marks != {"[INST]"}:  # <<SYS>> is of Llama 2
             raise ValueError("chat: the chat template is not that of Mistral's v1 to v3 or ChatML: "
                              f"{self.template!r:.80}; without a chat, texts are continued as ever")
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
@@ -315,17 +316,16 @@ class Tokenizer:
         return ids
 
     def _encode_chatml(self, messages):
-        """Each message as <|im_start|>role, a line feed, its content, <|im_end|>, a line feed.
-
-        Templates differ in whether BOS is in front and whether the last line feed is there. Raises
-        ValueError if the template trims the contents or has a system text that nobody gave.
+        """Each message as <|im_start|>role, a line feed, its content, <|im_end|>, a line feed, and
+        then <|im_start|>assistant and a line feed. Templates differ in whether BOS is in front and
+        a line feed behind <|im_end|>. Raises ValueError if a template does more than that.
         """
         joined = re.sub(r"['\" +~{}-]", "", self.template)  # without what joins texts in templates
         own_system = START + "system" in joined and messages[0]["role"] != "system"
         if own_system or re.search("trim|strip", self.template):
-            raise ValueError("chat: the chat template trims texts or has a system text of its own; "
-                             "give a system text, or encode the conversation with transformers")
-        ids = [self.bos_id] * ("bos_token" in self.template)
+            raise ValueError("chat: the chat template trims texts or may add a system text; give "
+                             "a system text, or encode the conversation with transformers")
+        ids = [self.bos_id] if re.search("bos_token|<s>", self.template) else []
         ends_line = END + "\n" in joined or END + "\\n" in joined
         for role, content in [(m["role"], m["content"]) for m in messages]:
             text, drawn = (content, []) if isinstance(content, str) else ("", content)
@@ -338,7 +338,7 @@ class Tokenizer:
         """The text of ids, without the space that `encode` puts in front.
 
         Control ids and ids without a piece have no text, the unknown id has the text " ⁇ ", and a
-        byte that is not part of a UTF-8 character gives U+FFFD. Raises ValueError for a wrong id.
+        byte that is not part of a UTF-8 character gives U+FFFD. Raises ValueError if an id is < 0.
         """
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
@@ -352,7 +352,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer):
         self.tokenizer, self.has_begun = tokenizer, False
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # U+DC00 + a bad byte
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")  # byte b as U+DC00 + b
 
     def feed(self, i):
         """The text that has become certain with id i: none while a character is unfinished."""

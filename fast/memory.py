@@ -19,8 +19,8 @@ GROUPS = (("", "memory.max", "memory.current", "inactive_file"),
 def free_memory(device, root=Path("/")):
     """Bytes of memory that this process can still take, or None if the system does not say.
 
-    On Linux this is what the system has available, and not more than what the limits of the control
-    groups leave in which a container, Slurm or systemd runs the process. The ranks of a machine get
+    On Linux this is what the system has available, or less if a control group leaves less, in which
+    a container, Slurm or systemd runs the process. The ranks that torchrun starts on a machine get
     equal shares of it. `root` is where the system's files are found.
     """
     if torch.device(device).type == "cuda":
@@ -62,10 +62,10 @@ def text_of(path):
 
 
 def check_weights(weights, dtype, device):
-    """Whether the weights fit into the free memory. Raises ValueError if they do not but must.
+    """Whether the weights fit into the free memory. Raises ValueError if they must and do not.
 
     Weights that keep their dtype on a CPU stay mapped from disk and need not fit; if they do not, a
-    warning says how slow that is. Integers, such as packed 4-bit weights, keep theirs always.
+    warning says how slow that is. Integers, such as packed 4-bit weights, always keep their dtype.
     """
     on_cpu, free = torch.device(device).type == "cpu", free_memory(device)
     made = {name: w for name, w in weights.items()
@@ -100,7 +100,7 @@ def result_dtype(weight, dtype):
 def check_cache(model, rows, length, chunk):
     """Raises ValueError unless a cache for rows of that length fits into the free memory."""
     one = model.new_cache(1, 1, 1)
-    slots = min(length, (model.config.sliding_window or length) + chunk - 1)
+    slots = min(length, (model.config.sliding_window or length) + chunk - 1)  # as in new_cache
     needed = rows * slots * (one.keys.nbytes + one.values.nbytes)
     free = free_memory(one.keys.device)
     free = from_first(free) if is_sharded(model) else free  # all ranks must decide alike

@@ -254,6 +254,8 @@ def test_each_form_of_tokenizer_json_has_its_own_rule_for_the_first_space(tmp_pa
     ({"model": {"type": "BPE", "byte_fallback": True, "merges": [], "vocab": {"a": 1}}}, "ids"),
     ({"model": {"type": "BPE", "byte_fallback": True, "merges": [], "vocab": {"a": 0}}}, "<unk>"),
     ({"model": {"type": "BPE", "byte_fallback": True, "merges": ["a b"], "vocab": {}}}, "merge"),
+    ({"model": {"type": "BPE", "byte_fallback": True, "merges": [["", "a"]], "vocab": {"a": 0}}},
+     "merge"),
     ({"model": []}, "list"), ({"added_tokens": [{"id": 5}]}, "content")])
 def test_another_kind_of_tokenizer_json_is_refused_by_name(tmp_path, change, words):
     raw = vocabularies.tokenizer_json([*BASE, *LETTERS])
@@ -333,7 +335,7 @@ def test_eos_is_the_token_that_the_directory_names_if_it_exists(tmp_path, file, 
     added = {"<a>": SIZE}
     ours = load(tmp_path, [*BASE, *LETTERS], added_tokens=added, **{file: {"eos_token": name}})
     assert (ours.bos_id, ours.eos_id, ours.eos_ids) == (1, eos, {eos})
-    assert ours.encode("", eos=True) == [1, eos]
+    assert ours.encode("", eos=True) == [1, eos] and eos not in ours.encode("a ab")
     ours = load(tmp_path, [*BASE, *LETTERS], **{file: {"bos_token": name}})
     assert (ours.bos_id, ours.eos_id) == (1 if eos == 2 else eos, 2)
 
@@ -524,7 +526,7 @@ def test_chatml_puts_marks_around_each_message(tmp_path):
 
 
 @pytest.mark.parametrize("settings, space", [
-    ({}, 1), ({"legacy": True}, 1), ({"legacy": False}, 0)])
+    ({}, 1), ({"legacy": True}, 1), ({"legacy": None}, 1), ({"legacy": False}, 0)])
 def test_with_a_tokenizer_model_legacy_decides_whether_a_space_follows_a_mark(
         tmp_path, settings, space):
     ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(**settings))
@@ -551,6 +553,7 @@ ASK = "{{'<|im_start|>assistant\\n'}}"
 @pytest.mark.parametrize("template, before, after", [
     ("{% for message in messages %}" + ONE + "{% endfor %}" + ASK, "", "\\n"),
     ("{{bos_token}}{% for message in messages %}" + ONE + "{% endfor %}" + ASK, "{<s>} ", "\\n"),
+    ("<s>{% for message in messages %}" + ONE + "{% endfor %}" + ASK, "{<s>} ", "\\n"),
     ("{% for message in messages %}" + ONE.replace(" + '\\n'}}", "}}") + "{% endfor %}" + ASK,
      "", ""),
     ("{%- for m in messages %}\n    {%- if m.role == 'user' %}\n"
@@ -572,6 +575,7 @@ def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, a
     chat_files("{% for message in messages %}<|user|>{{message['content']}}{% endfor %}"),
     chat_files(CHATML.replace("message['content']", "message['content'] | trim")),
     chat_files([{"name": "rag", "template": CHATML}]),
+    chat_files("{{ bos_token + '[INST] <<SYS>>' }}"),
     chat_files("{{ '<|im_start|>' + 'system\nYou purr.<|im_end|>\n' }}" + CHATML),
     chat_files(CHATML, {SIZE: token("<|im_end|>")}), chat_files("")])
 def test_another_chat_template_is_refused_and_text_is_encoded(tmp_path, files):
