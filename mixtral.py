@@ -95,8 +95,8 @@ class MixtralConfig:
     @classmethod
     def from_dict(cls, raw):
         """Read a config.json of transformers 4 (`rope_theta`) or 5 (`rope_parameters`)."""
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = raw.get("model_type", "mixtral"), rope.get("rope_type", rope.get("type", "default"))
+        rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
+        kind = raw.get("model_type", "mixtral"), rope.get("type", rope.get("rope_type", "default"))
         if kind != ("mixtral", "default"):
             raise ValueError(f"config: wanted a mixtral with rope_type default, got {kind!r:.80}")
         raw = {"rope_theta": rope.get("rope_theta", cls.rope_theta)} | raw

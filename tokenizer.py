@@ -31,6 +31,7 @@ import heapq
 import json
 import re
 import struct
+from contextlib import suppress
 from math import copysign
 from pathlib import Path
 
@@ -45,6 +46,7 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
+STAND_IN = " \ue000\\d+\n"  # for the content of a message while a chat template runs
 
 
 def merge(word, scores, gap=""):
@@ -133,7 +135,6 @@ class Tokenizer:
         path = directory = Path(path)
         if path.is_dir():  # of several files the first of FILES
             path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
-
         def extra(name, parse=lambda data: {**json.loads(data)}):  # a byte order mark is dropped
             return read(directory / name, parse) if (directory / name).exists() else {}
 
@@ -236,10 +237,10 @@ class Tokenizer:
             template = {t["name"]: t["template"] for t in template}.get("default", "no default")
         marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
         self.template = template or marks[0]  # its first mark stands for a template that is missing
-        self.has_chatml = all(m in marks and m in self.template for m in (START, END))
-        first = next(ids for ids in ends if ids is not None)
-        self.eos_ids = frozenset(first if isinstance(first, list) else [first])
-        if self.has_chatml:
+        self.has_chatml = START in self.template and END in self.template
+        ends = next(ids if isinstance(ids, list) else [ids] for ids in ends if ids is not None)
+        self.eos_ids = frozenset(map(int.__index__, ends))
+        if self.has_chatml and END in marks:
             self.eos_ids |= {self.control_ids[END]}
 
     def encode(self, text, bos=True, eos=False, first=True):
@@ -264,7 +265,6 @@ class Tokenizer:
         return ids + [self.eos_id] * eos
 
     def _encode_word(self, word):
-        """The ids of a word, which are remembered if the word is short."""
         ids = []
         for symbol in merge(word, self.scores, self.gap):
             known = symbol in self.ids
@@ -284,9 +284,8 @@ class Tokenizer:
         "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
         the list of ids that it generated, without the last one that ended it.
 
-        In v1 (Mixtral 8x7B), [INST] and [/INST] are plain text, and the system text is put before
-        the first user text. In v2 and v3 they are control ids, and it is put before the last one.
-        Raises ValueError for other `messages` and for other templates.
+        In v1 (Mixtral 8x7B), [INST] and [/INST] are text, and the system text is put before the
+        first user text; in v2 and v3 they are control ids, and it is put before the last one.
         """
         try:
             form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
@@ -297,10 +296,10 @@ class Tokenizer:
                              f"in turn, from user to user; got {form!r:.200}")
         if self.has_chatml:
             return self._encode_chatml(messages)
-        marks = {*re.findall(r"\[INST\]|<<SYS>>", self.template)}
-        if "[SYSTEM_PROMPT]" in self.control_ids or marks != {"[INST]"}:  # <<SYS>> is of Llama 2
+        is_other = "[INST]" not in self.template or "<<SYS>>" in self.template  # of Llama 2
+        if is_other or "[SYSTEM_PROMPT]" in self.control_ids:
             raise ValueError("chat: the chat template is not that of Mistral's v1 to v3 or ChatML: "
-                             f"{self.template!r:.80}; without a chat, texts are continued as ever")
+                             f"{self.template!r:.80}; plain texts work as ever")
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         turns = [message["content"] for message in messages if message["role"] != "system"]
         ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0
@@ -316,30 +315,32 @@ class Tokenizer:
         return ids
 
     def _encode_chatml(self, messages):
-        """Each message as <|im_start|>role, a line feed, its content, <|im_end|>, a line feed, and
-        then <|im_start|>assistant and a line feed. Templates differ in whether BOS is in front and
-        a line feed behind <|im_end|>. Raises ValueError if a template does more than that.
+        """The ids of what the chat template writes. It is a program, so it is run, but on stand-ins
+        for the contents, since a user's text must not become a control id. It has to write each of
+        them as it is and in order.
         """
-        joined = re.sub(r"['\" +~{}-]", "", self.template)  # without what joins texts in templates
-        own_system = START + "system" in joined and messages[0]["role"] != "system"
-        if own_system or re.search("trim|strip", self.template):
-            raise ValueError("chat: the chat template trims texts or may add a system text; give "
-                             "a system text, or encode the conversation with transformers")
-        ids = [self.bos_id] if re.search("bos_token|<s>", self.template) else []
-        ends_line = END + "\n" in joined or END + "\\n" in joined
-        for role, content in [(m["role"], m["content"]) for m in messages]:
-            text, drawn = (content, []) if isinstance(content, str) else ("", content)
-            text = self.encode(f"{role}\n{text}", bos=False, first=False)
-            after = self.encode("\n" * ends_line, bos=False, first=False)
-            ids += [self.control_ids[START], *text, *drawn, self.control_ids[END], *after]
-        return [*ids, self.control_ids[START], *self.encode("assistant\n", bos=False, first=False)]
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which comes with torch
+        contents, text = {f" \ue000{n}\n": m["content"] for n, m in enumerate(messages)}, ""
+        shown = [m | {"content": f" \ue000{n}\n"} for n, m in enumerate(messages)]
+        names = {i: name for name, i in self.control_ids.items()}
+        special = {"bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
+        with suppress(Exception):  # of any kind, since the program is a stranger's
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            text = environment.from_string(self.template, special).render(
+                messages=shown, add_generation_prompt=True)
+        known = {name: [i] for i, name in names.items()} | {
+            name: drawn for name, drawn in contents.items() if isinstance(drawn, list)}
+        either = "|".join(sorted(map(re.escape, known), key=len, reverse=True))
+        parts = re.split(f"({either})", text)
+        if not {START, END} <= {*parts} or re.findall(STAND_IN, text) != [*contents]:
+            raise ValueError("chat: the chat template fails, changes texts, or has marks that are "
+                             f"no tokens: {self.template!r:.80}; plain texts work as ever")
+        return [i for part in parts for i in (known[part] if part in known else self.encode(re.sub(
+            STAND_IN, lambda name: contents[name[0]], part), bos=False, first=False))]
 
     def decode(self, ids):
-        """The text of ids, without the space that `encode` puts in front.
-
-        Control ids and ids without a piece have no text, the unknown id has the text " ⁇ ", and a
-        byte that is not part of a UTF-8 character gives U+FFFD. Raises ValueError if an id is < 0.
-        """
+        """The text of ids, without the space that `encode` puts in front: nothing for control ids,
+        " ⁇ " for the unknown id, and U+FFFD for a byte that is not part of a UTF-8 character."""
         stream = self.stream()
         return "".join([stream.feed(i) for i in ids]) + stream.flush()
 
@@ -373,7 +374,6 @@ class StreamDecoder:
         return text + piece
 
     def flush(self):
-        """The text of the bytes that were held back: one U+FFFD for each."""
         return self._decode_bytes(b"", final=True)
 
     def _decode_bytes(self, data, final=False):

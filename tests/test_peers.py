@@ -108,6 +108,11 @@ TEMPLATES = {
     "default system": CHATML.replace(
         "{{'<|im", "{% if loop.first and message['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou are a cat.<|im_end|>\n' }}{% endif %}{{'<|im", 1),
+    "one way for each role": "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{'<|im_start|>human\n' + m['content'] + '<|im_end|>\n'}}{% elif m['role'] == 'system' %}"
+        "{{'<|im_start|>system\n' + m['content'] + '<|im_end|>\n'}}{% else %}"
+        "{{'<|im_start|>gpt\n' + m['content'] + '<|im_end|>\n'}}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>gpt\n' }}{% endif %}",
     "by role": """{%- for message in messages %}
     {%- if message.role in ['system', 'user', 'assistant'] %}
         {{- '<|im_start|>' ~ message.role }}
@@ -138,10 +143,6 @@ def test_encode_chat_in_chatml_equals_apply_chat_template(tmp_path, form, templa
                 messages = [] if system is None else [{"role": "system", "content": system}]
                 messages += [{"role": ("user", "assistant")[k % 2],
                               "content": TEXTS[(n + k) % len(TEXTS)]} for k in range(turns)]
-                if template == "default system" and system is None:
-                    with pytest.raises(ValueError, match="system text"):
-                        ours.encode_chat(messages)
-                    continue
                 wanted = theirs.apply_chat_template(
                     messages, add_generation_prompt=True, return_dict=False)
                 assert ours.encode_chat(messages) == wanted, messages

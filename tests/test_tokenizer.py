@@ -560,7 +560,10 @@ ASK = "{{'<|im_start|>assistant\\n'}}"
      "        {{- '<|im_start|>user\\n' }}\n"
      "        {{- m.content ~ '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
      "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}",
-     "", "\\n")])
+     "", "\\n"),
+    ("{% if messages[0].role != 'system' %}<|im_start|>system\nab<|im_end|>\n{% endif %}"
+     "{% for message in messages %}" + ONE + "{% endfor %}" + ASK,
+     "{<|im_start|>} s y s t e m \\n a b {<|im_end|>} \\n ", "\\n")])
 def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, after):
     ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(template, legacy=False))
     text = shown(ours, ours.encode_chat(conversation("ab")))
@@ -576,7 +579,9 @@ def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, a
     chat_files(CHATML.replace("message['content']", "message['content'] | trim")),
     chat_files([{"name": "rag", "template": CHATML}]),
     chat_files("{{ bos_token + '[INST] <<SYS>>' }}"),
-    chat_files("{{ '<|im_start|>' + 'system\nYou purr.<|im_end|>\n' }}" + CHATML),
+    chat_files(CHATML.replace("{% for", "{{ raise_exception('no') }}{% for")),
+    chat_files("{% for message in messages %}{% endfor %}<|im_start|><|im_end|>"),
+    chat_files(CHATML + "{% if %}"),
     chat_files(CHATML, {SIZE: token("<|im_end|>")}), chat_files("")])
 def test_another_chat_template_is_refused_and_text_is_encoded(tmp_path, files):
     ours = load(tmp_path, [*BASE, *LETTERS], **files)
