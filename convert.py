@@ -30,9 +30,8 @@ needed and may drop it again at any time, and besides these pages a conversion h
 its converted copy. Pickled files are opened with weights_only=True and cannot run code. The output
 is written to `.OUT.part` beside OUT, and renamed to OUT when it is complete.
 
-Not included: other quantised formats, LoRA weights, new chat templates (existing ones are copied),
-pieces that a v3 tokenizer declares as whole (its tokenizer.json spells them out), and two runs that
-write the same output at the same time.
+Not included: other quantised formats, LoRA weights, pieces that a v3 tokenizer declares as whole
+(its tokenizer.json spells them out), and two runs that write the same output at the same time.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
@@ -347,12 +346,14 @@ def write_small_files(source, part, config, target):
         shutil.copyfile(found[0], part / "tokenizer.model")
     elif not found or target.layout == MISTRAL:
         report(f"{source} has no tokenizer.model; copy the one of this model to the output")
+    extras = [name for name in EXTRAS if (source / name).exists()]
     if target.layout == MISTRAL:
         write_json(part / "params.json", params_from_config(config))
+        if extras:
+            report(f"left out, since Mistral's layout has no place for them: {', '.join(extras)}")
         return
-    for name in EXTRAS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, part / name)
+    for name in extras:
+        shutil.copyfile(source / name, part / name)
     write_config(part, config, target)
     if not found:
         return
@@ -522,6 +523,8 @@ def open_checkpoint(directory):
     """
     directory = Path(directory)
     tensors, files, notes = open_files(directory)
+    if (directory / "adapter_config.json").exists():
+        notes.append("the LoRA adapter that lies beside the model is ignored")
     if skipped := [name for name in tensors if name.endswith(NO_WEIGHTS)]:
         notes.append(f"{len(skipped)} tensors are not weights and ignored, such as {skipped[0]}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
@@ -537,9 +540,10 @@ def open_checkpoint(directory):
     found = {name: f"{kind} of shape {list(tensors[name].shape)}" for name, kind in kinds.items()}
     wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
     problems = [f"{name}: wanted {wanted.get(name, 'no such tensor')}, got "
-                f"{found.get(name, 'none')}" for name in dict.fromkeys([*wanted, *found])
+                f"{found.get(name, 'none')}" for name in dict.fromkeys([*found, *wanted])
                 if wanted.get(name) != found.get(name)]
-    refuse_if(problems, f"{directory}: the weights do not fit the configuration")
+    if problems:
+        raise ValueError(f"{directory}: unlike the configuration: {'; '.join(problems[:9])}")
     return Checkpoint(layout, config, tensors, raw, files, notes)
 
 
@@ -553,6 +557,8 @@ def refuse_prefixes(directory, names):
     if "layers.0.self_attn.q_proj.weight" in names:
         raise ValueError(f"{directory}: put the prefix 'model.' in front of the names of all "
                          "tensors but lm_head.weight")
+    if "model.layers.0.mlp.experts.gate_up_proj" in names:
+        raise ValueError(f"{directory}: experts as transformers 5 joins them; use save_pretrained")
 
 
 def dtype_of_experts(checkpoint):
@@ -586,8 +592,7 @@ def read_configuration(directory, layout):
     except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
         raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
     if config.num_hidden_layers * config.num_local_experts > 2**14:  # to list so many takes hours
-        raise ValueError(f"{path}: num_hidden_layers {config.num_hidden_layers} and "
-                         f"num_local_experts {config.num_local_experts} fit no checkpoint")
+        raise ValueError(f"{path}: num_hidden_layers or num_local_experts is too large")
     return config, raw
 
 
@@ -614,13 +619,6 @@ def expected_tensors(layout, config, scheme, tensors):
     return expected
 
 
-def refuse_if(problems, place):
-    """Raise a ValueError that lists the problems found in a place, if there are any."""
-    if problems:
-        more = [f"and {len(problems) - 20} more problems"] if len(problems) > 20 else []
-        raise ValueError(f"{place}: {'; '.join(problems[:20] + more)}")
-
-
 def open_files(directory):
     """All tensors of a directory by name, the files that hold them, and a list of notes.
 
@@ -641,11 +639,12 @@ def open_files(directory):
                 problems.append(f"{name} is in both {first} and {path.name}")
             elif not first or listed == path.name:
                 tensors[name], file_of[name] = tensor, path.name
-    if missing and weight_map.keys() <= tensors.keys():
+    if missing and weight_map and weight_map.keys() <= tensors.keys():
         notes.append(f"{missing}: missing, but the other files hold every tensor")
-    elif missing:
-        problems.append(f"{missing}: missing, but named in the index; download it again")
-    refuse_if(problems, directory)
+    elif missing:  # named by the index, or a link to nothing
+        problems.append(f"{missing}: missing; download it again")
+    if problems:
+        raise ValueError(f"{directory}: {'; '.join(problems[:9])}")
     return tensors, files, notes
 
 
@@ -712,7 +711,8 @@ def what_is_wrong(path, error):
             return "the old format of torch.save; load it with torch.load and save it again"
     if isinstance(error, UnpicklingError):
         return "damaged, or holds Python objects other than tensors, which could run code"
-    return getattr(error, "strerror", None) or reason(error).splitlines()[0]
+    cause = getattr(error, "strerror", None) or reason(error).splitlines()[0]
+    return f"{cause}; if it is a download, repeat it"
 
 
 def read_json(path):

@@ -8,9 +8,8 @@ time and reads it, until the text ends:
              logits = read(token)
 
 Every row of a batch draws from its own random generator, so in float64 a row's text does not depend
-on the other rows. In lower precision this holds up to rounding, which can change a close choice.
-The folder fast/ makes the same model quick on this machine, and adds 4-bit weights and several
-devices. Without it everything else works, but more slowly.
+on the other rows, and in lower precision only through rounding. The folder fast/ makes the same
+model quick on this machine, and adds 4-bit weights and several devices.
 
 With --json each text is one line with the fields index, prompt, text (without the prompt), tokens,
 logprobs (natural logarithms, before temperature and top-p), finish_reason (eos, stop, length or
@@ -221,6 +220,7 @@ class Chat:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.messages = [{"role": "system", "content": system}] if system else []
         self.ids, self.cache, self.new_tokens = [], None, 0
+        tokenizer.encode_chat([*self.messages, {"role": "user", "content": ""}])  # or a ValueError
 
     def answer(self, text, max_new_tokens):
         """Yield the tokens of the answer as they are drawn.
@@ -336,7 +336,7 @@ def write(args):
             return converse(args, tokenizer, model, options)
         args.prompt = [sys.stdin.read().removesuffix("\n").removesuffix("\r")]
     texts = fast.ranks.from_first(args.prompt) if fast else args.prompt
-    start = Chat(model, tokenizer, args.system).messages
+    start = Chat(model, tokenizer, args.system).messages if args.chat else []
     prompts = [tokenizer.encode_chat([*start, {"role": "user", "content": text}]) if args.chat
                else tokenizer.encode(text) for text in texts]
     length = max(map(len, prompts)) + args.max_new_tokens + 1

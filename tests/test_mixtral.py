@@ -526,7 +526,8 @@ def test_weights_of_a_kept_dtype_stay_mapped_from_disk(tmp_path):
     ({"sliding_window": 0}, "sliding_window"), ({"sliding_window": "9"}, "sliding_window"),
     ({"hidden_act": "gelu"}, "hidden_act"), ({"model_type": "llama"}, "llama"),
     ({"rope_scaling": {"type": "yarn"}}, "yarn"),
-    ({"rope_parameters": {"rope_type": "linear"}}, "linear")])
+    ({"rope_parameters": {"rope_type": "linear"}}, "linear"),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}}, "yarn")])
 def test_a_config_of_another_model_is_refused_by_name(raw, name):
     with pytest.raises(ValueError, match=f"config: .*{name}"):
         MixtralConfig.from_dict(raw)

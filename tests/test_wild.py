@@ -1,5 +1,6 @@
 """Claims about checkpoints as other programs write them and as downloads leave them."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -139,6 +140,11 @@ def index_of_more_files(source):
     (source / INDEX).write_text(json.dumps(raw))
 
 
+def adapter_beside(source):
+    write_safetensors(source / "adapter_model.safetensors", {"lora_A.weight": torch.ones(2, 2)})
+    (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 def rotary_frequencies(source):
     with_more(self_attn__rotary_emb__inv_freq=torch.ones(2))(source)
 
@@ -152,7 +158,7 @@ def scales_of_an_8_bit_cache(source):
 @pytest.mark.parametrize("change, notes", [
     (only_shards, 0), (odd_names, 0), (no_index, 0), (another_name, 0), (older_shards_beside, 0),
     (downloaded_twice, 0), (mistral_files_beside, 0), (in_both_files, 0), (byte_order_marks, 0),
-    (left_over_index, 1), (index_of_more_files, 1), (rotary_frequencies, 1),
+    (left_over_index, 1), (adapter_beside, 1), (index_of_more_files, 1), (rotary_frequencies, 1),
     (scales_of_an_8_bit_cache, 1)])
 def test_a_checkpoint_has_its_weights_whatever_lies_beside_them(
         change, notes, model, source, tmp_path, capsys):
@@ -280,6 +286,12 @@ def test_a_chat_in_chatml_continues_from_what_was_generated(fine_tune, capsys, m
     assert generate.main([f"--model={fine_tune}", "--chat", "--prompt=Hi"]) == 1
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "chat template" in told and "<|user|>" in told
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi\nHi\n")))
+    assert generate.main([f"--model={fine_tune}", "--chat"]) == 1  # before the first message
+    assert capsys.readouterr().err.count("\n") == 1
+    assert convert.main([f"--input_dir={fine_tune}", f"--output_dir={fine_tune}2",
+                         "--to=mistral"]) == 0
+    assert "left out" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ refusals
@@ -317,6 +329,20 @@ def pickled(source):
     path.unlink()
 
 
+def link_to_nothing(source):
+    (source / "model.safetensors").rename(source / "blob")
+    (source / "model.safetensors").symlink_to("blobs/missing")
+
+
+def joined_experts(source):
+    with_more(mlp__experts__gate_up_proj=torch.ones(1))(source)
+
+
+def truncated(source):
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
 def a_file(source):
     shutil.rmtree(source)
     source.write_text("")
@@ -338,7 +364,9 @@ REFUSALS = [
     (renamed("base_model.model.{}".format), "'base_model.model.'"),
     (renamed(lambda name: name.removeprefix("model.")), "'model.'"),
     (with_more(mlp__odd=torch.ones(1)), PREFIX + "mlp.odd"), (old_torch_save, "old format"),
-    (wider_experts, "--dtype"), (eight_bits, "gptq"), (shutil.rmtree, "does not exist"),
+    (link_to_nothing, "download it again"), (truncated, "repeat it"),
+    (joined_experts, "save_pretrained"), (wider_experts, "--dtype"), (eight_bits, "gptq"),
+    (shutil.rmtree, "does not exist"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
