@@ -365,8 +365,8 @@ REFUSALS = [
     (renamed(lambda name: name.removeprefix("model.")), "'model.'"),
     (with_more(mlp__odd=torch.ones(1)), PREFIX + "mlp.odd"), (old_torch_save, "old format"),
     (link_to_nothing, "download it again"), (truncated, "repeat it"),
-    (joined_experts, "save_pretrained"), (wider_experts, "--dtype"), (eight_bits, "gptq"),
-    (shutil.rmtree, "does not exist"),
+    (joined_experts, "save_pretrained"), (wider_experts, "--dtype"),
+    (eight_bits, "gptq" if generate.fast else "fast/int4.py"), (shutil.rmtree, "does not exist"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
