@@ -811,8 +811,8 @@ def test_a_reader_that_goes_away_is_no_error(beside):
     (["--model", "/nowhere"], "/nowhere"), (["--model", "no\0name"], "null"),
     (["--temperature", "inf"], "temperature"), (["--top-p", "1.1"], "top_p"),
     (["--max-new-tokens", "-3"], "max_new_tokens"), (["--seed", str(2**63)], "seed"),
-    (["--device", "abacus"], "abacus"), (["--device", "meta"], "meta"),
-    (["--device", "cuda:99"], "cuda" if program.fast else "CUDA"), (["--device", ""], "evice"),
+    (["--device", "abacus"], "abacus"), (["--device", ""], "evice"),
+    *([(["--device", "meta"], "meta"), (["--device", "cuda:99"], "cuda:99")] if program.fast else []),
     (["--prompt", "\udcff"], "lone surrogate")])
 def test_bad_input_gets_one_line_and_exit_code_1(run, args, named):
     code, out, told = run(*args, *([] if "--prompt" in args else ["--prompt", "a"]))
