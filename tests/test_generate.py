@@ -812,7 +812,7 @@ def test_a_reader_that_goes_away_is_no_error(beside):
     (["--temperature", "inf"], "temperature"), (["--top-p", "1.1"], "top_p"),
     (["--max-new-tokens", "-3"], "max_new_tokens"), (["--seed", str(2**63)], "seed"),
     (["--device", "abacus"], "abacus"), (["--device", ""], "evice"),
-    *([(["--device", "meta"], "meta"), (["--device", "cuda:99"], "cuda:99")] if program.fast else []),
+    *[(["--device", name], name) for name in ("meta", "cuda:99") if program.fast],
     (["--prompt", "\udcff"], "lone surrogate")])
 def test_bad_input_gets_one_line_and_exit_code_1(run, args, named):
     code, out, told = run(*args, *([] if "--prompt" in args else ["--prompt", "a"]))
