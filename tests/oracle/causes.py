@@ -531,7 +531,7 @@ class Moved(Run):
         self.column = column
 
     def reach(self, name):
-        x, (B, _S), last = super().reach(name), len(self.column), Place(self, name).word
+        x, B, last = super().reach(name), len(self.column), Place(self, name).word
         if last in ("scores", "probabilities", "tokens", "w1", "w3", "hidden", "w2"):
             raise MissingError(name)
         flat = last in ("gate", "chosen", "weights")
