@@ -550,7 +550,7 @@ def sums(p, theirs):
     pairs = list(itertools.combinations(dict.fromkeys((x, y, normed, "stream", "o_proj")), 2))
     for a, b in pairs:
         factors = [(1, 1), (1, 0), (0, 1), (2, 1), (1, 2)]
-        if theirs is not None:
+        if theirs is not None and theirs.isfinite().all():
             parts = torch.stack([p[a].flatten(), p[b].flatten()], 1)
             fit = torch.linalg.lstsq(parts, theirs.reshape(-1, 1)).solution[:, 0].tolist()
             factors = [[f if abs(f - round(f, 3)) > 1e-5 else round(f, 3) + 0.0 for f in fit]]
@@ -684,7 +684,7 @@ def combinations(p, theirs):
             yield (f"an expert takes no more than {c} tokens, {text}; others are dropped",
                    lambda p, c=c, by_rank=by_rank: mixture(p, keep=lambda token, rank: (
                        by_rank * rank * len(p["chosen"]) + token).argsort().argsort() < c))
-    if theirs is not None:
+    if theirs is not None and theirs.isfinite().all():
         yield from read_combination(p, theirs)
 
 

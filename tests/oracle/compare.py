@@ -140,8 +140,10 @@ def summary(names):
         kinds.setdefault(last, (set(), set()))
         for found, n in zip(kinds[last], (layer, expert), strict=True):
             found.update([] if n is None else [n])
-    return listed((last + f" of layers {spans(sorted(layers))}" * bool(layers)
-                   + f", experts {spans(sorted(experts))}" * bool(experts)
+    def plural(what, numbers):
+        return f"{what}{'s' * (len(numbers) > 1)} {spans(sorted(numbers))}" * bool(numbers)
+    return listed((f"{last} of {plural('layer', layers)}{', ' * bool(experts)}"
+                   f"{plural('expert', experts)}" if layers else last
                    for last, (layers, experts) in kinds.items()), 8, "; ")
 
 
@@ -471,13 +473,12 @@ class Comparison:
         if word(name) == "gate":
             for text, found in renumbered(pair, name):
                 pair.theirs |= found
-                port = Run(pair.port())
-                if all(self.settled(n, port, []) for n in found if n in pair.shared):
+                if all(self.settled(n, None, []) for n in found if n in pair.shared):
                     self.layouts.setdefault(text, []).append(name)
                     return True
                 pair.theirs = dict(kept)
         texts = []
-        if self.settled(name, Run(pair.port()), texts):
+        if self.settled(name, None, texts):
             for text, other in texts:
                 self.layouts.setdefault(text, []).append(other)
             return True
@@ -490,6 +491,7 @@ class Comparison:
             return True
         for text, back, layout in maps(self.pair, name):
             if layout and self.same(name, back):
+                port = port or Run(self.pair.port())  # before anything is undone
                 self.pair.undo(name, back)
                 texts.append((text, name))
                 users = self.users(name)
@@ -599,8 +601,9 @@ class Comparison:
         """Whether ours and theirs each have equal logits for the experts that `new` exchanges."""
         own, changed = self.pair.sibling(chosen, "gate"), set(new.tolist())
         changed ^= set(self.pair.ours[chosen][token].tolist())
-        return own is not None and all(len({x[e].item() for e in changed}) == 1
-                                       for x in (own[token], self.logits(chosen, token)))
+        known = own is not None and 0 <= min(changed) and max(changed) < own.shape[1]
+        return known and all(len({x[e].item() for e in changed}) == 1
+                             for x in (own[token], self.logits(chosen, token)))
 
     def gap(self, chosen, token, new):
         """How far our logits are from the choice `new`; ∞ if there are no such experts."""
@@ -636,9 +639,11 @@ class Comparison:
 
     def shapes(self, name):
         pair = self.pair
-        everything = torch.ones_like(pair.real)
-        return [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
-                f"{list(pair.ours[name].shape)}.", *self.cause(name, everything, pair.rounding)]
+        lines = [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
+                 f"{list(pair.ours[name].shape)}."]
+        if pair.theirs[name].numel() * pair.S == pair.ours[name].numel() > 0:
+            lines.append("It has one token per row. Write all of them, not only the last.")
+        return lines + self.cause(name, torch.ones_like(pair.real), pair.rounding)
 
     def explain(self, name, found, bad, tokens, limits):
         """Sentences about a tensor whose numbers differ, from the errors of its rows."""

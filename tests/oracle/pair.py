@@ -83,14 +83,16 @@ def as_rows(x, letters):
 def row_errors(ours, theirs):
     """The error of each row. A score that the softmax turns into 0 counts as −∞."""
     ours, theirs = ours.flatten(1), theirs.flatten(1)
-    top = theirs.amax(1, keepdim=True)
-    masked = ours.isneginf()
-    hidden = masked & (theirs <= top - NEGLIGIBLE)
-    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+    masked, wrong = ours.isneginf(), None
+    if masked.any():
+        hidden = masked & (theirs <= theirs.amax(1, keepdim=True) - NEGLIGIBLE)
+        ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+        wrong = (masked & ~hidden).any(1)
     sizes = ours.norm(dim=1)
     usual = sizes.nanmedian().clamp(min=1e-300)
     found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
-    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
+    found = found if wrong is None else found.masked_fill(wrong, math.inf)
+    return found.nan_to_num(math.inf, math.inf)
 
 
 class Pair:

@@ -15,7 +15,7 @@ import torch
 from reference import axes, word
 
 import mixtral
-from mixtral import Mixtral, MixtralConfig
+from mixtral import MixtralConfig
 
 now, kept = SimpleNamespace(instead=None), []
 
@@ -64,9 +64,8 @@ def replaced(wrong):
 
 def model_of(ours, dtype, weights=None):
     """The model of a golden file."""
-    model = Mixtral(MixtralConfig(**ours.config)).to(dtype)
-    model.eval().requires_grad_(False).load_state_dict(ours.weights | (weights or {}))
-    return model
+    weights = {name: w.to(dtype) for name, w in (ours.weights | (weights or {})).items()}
+    return mixtral.assemble(MixtralConfig(**ours.config), weights)
 
 
 def run(ours, dtype=torch.float64, wrong=None, weights=None, buffer=None, left=False):

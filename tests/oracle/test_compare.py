@@ -221,7 +221,7 @@ def test_axes_in_another_order_are_a_layout(quantity, changed):
         tensors[name] = (x if x.ndim == 4 else x.unflatten(-1, (-1, 8))).transpose(1, 2)
     code, text = changed(transpose)
     letter = "K" if quantity == "v_proj" else "H"
-    assert code == 0 and f"Your layout differs in {quantity} of layers 0: its axes" in text
+    assert code == 0 and f"Your layout differs in {quantity} of layer 0: its axes" in text
     assert f"axes are in the order B {letter} S d instead of B S {letter} d" in text
 
 
@@ -460,3 +460,29 @@ def test_a_flip_is_no_second_error(judged):
             tensors[name] = tensors[name] * (1 + 1e-15 * torch.arange(8).double())  # other sums
     text = judged("tied", tensors)[1]
     assert causes_in(text)[0].startswith("it is multiplied by 2") and "another error" not in text
+
+
+def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(judged):
+    ours = port.known(golden.HERE / "ragged.safetensors")
+    tensors = {n: x for n, x in port.run(ours).items() if "T" not in axes(n)}
+    real = torch.cat([torch.arange(9) < n for n in ours.lengths])
+    at, x = "model.layers.0.block_sparse_moe.experts.1.", ours.tensors[
+        "model.layers.0.post_attention_layernorm"]
+    packed = {n: x[real] if axes(n)[0] == "N" else x.flatten(0, 1)[real]
+              for n, x in tensors.items() if n != "tokens" and axes(n)[0] != "R"}
+    packed[at + "w1"] = x.flatten(0, 1) @ ours.weights[at + "w1.weight"].T
+    code, text = judged("ragged", packed)
+    assert code == 0 and f"of {len(packed) - 2} tensors" in text, text  # without margins
+    packed[at + "w1"][7] += 1.0  # no token that chose this expert
+    taken = int(ours.tensors[at + "tokens"][0])
+    assert judged("ragged", packed)[0] == (1 if taken == 7 else 0)
+    packed[at + "w1"][taken] += 1.0
+    assert judged("ragged", packed)[0] == 1
+
+
+def test_names_without_model_and_the_last_token_only_get_advice(judged):
+    tensors = golden_tensors("plain")
+    code, text = judged("plain", {n.removeprefix("model."): x for n, x in tensors.items()})
+    assert code == 2 and "write `model.` before the names" in text and text.count("\n") == 1
+    code, text = judged("plain", {"lm_head": tensors["lm_head"][:, -1]})
+    assert code == 1 and "Write all of them, not only the last." in text
