@@ -794,6 +794,7 @@ def read_names(path):
     return names
 
 
+@torch.inference_mode()
 def main(argv=None):
     args = arguments(argv)
     try:

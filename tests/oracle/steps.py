@@ -78,7 +78,7 @@ class Run:
         self.values, self.reached, self.depth = {}, {}, 0
 
     def change(self, name):
-        return self.changes.get(name) or self.changes.get(word(name))
+        return self.changes and (self.changes.get(name) or self.changes.get(parse(name)[0])) or None
 
     def affected(self, name):
         """Whether a change reaches a quantity, directly or through its inputs."""
@@ -110,7 +110,7 @@ class Run:
         if tensor is not None and (name in self.equal or not any(
                 map(self.affected, place.inputs()))):
             return tensor.double() if tensor.is_floating_point() else tensor
-        return STEPS[word(name)][1](place)
+        return STEPS[place.word][1](place)
 
     def local(self, name):
         """A quantity computed by our step, with the changes, from what the trace holds before it.

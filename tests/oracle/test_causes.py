@@ -3,9 +3,11 @@
 The errors are those of seeds.py, in the port of port.py. Layouts are tested here too.
 """
 
+import functools
 import math
 import random
 import re
+from pathlib import Path
 
 import compare
 import golden
@@ -21,6 +23,18 @@ from torch.nn import functional as F
 from convert import write_safetensors
 
 AT = "model.layers.0."
+
+
+READ, READ_ONCE = pair.read_file, functools.cache(pair.read_file)
+
+
+@pytest.fixture(autouse=True)
+def golden_files_are_read_once(monkeypatch):
+    """To save time."""
+    def read(path):
+        metadata, tensors = (READ_ONCE if Path(path).parent == golden.HERE else READ)(path)
+        return metadata, dict(tensors)
+    monkeypatch.setattr(pair, "read_file", read)
 
 
 @pytest.fixture
