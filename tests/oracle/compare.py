@@ -7,7 +7,8 @@ heads and features as one axis or two. Tensors are compared in the order of comp
 The section Tolerances of tests/oracle/README.md says which errors count as rounding. A cause is
 proved if our numbers, computed anew with that error in the port (see causes.py), are equal to
 theirs: the error that remains is at most a quarter of what counts as rounding and at most an eighth
-of the error without it. Nothing else is called a cause.
+of the error without it. Nothing else is called a cause. A tensor that differs although everything
+computed from it is equal is a layout and no error, if the difference follows a rule.
 
 Exit codes: 0 equal within rounding, 1 different, 2 not comparable.
 """
@@ -26,61 +27,223 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
-from causes import CAUSES, Cause
+from causes import GUESSES, READ, Moved, factor_names, listed, spans
 from pair import IncomparableError, Pair, as_rows, layer_of, reshaped, row_errors
 from reference import axes, word
-from steps import MissingError, Run
+from steps import MissingError, Place, Run, calls_of, experts_in, parse
 
 NEARER = 8
 LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "feature",
           "E": "expert", "A": "choice", "V": "token id", "T": "key"}
+UNFIT = (MissingError, RuntimeError, IndexError)  # what a guess raises where it cannot be tested
 
 
-# ------------------------------------------------------------------ testing causes
+# ------------------------------------------------------------------ where a tensor differs
+
+
+def parts(pair, name, x):
+    """Rows (n, …) with the heads and their features apart, and a letter for each later axis."""
+    letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")]
+    if letters and "·" in letters[-1]:
+        x = x.unflatten(-1, (-1, pair.trace.config["head_dim"]))
+        letters = letters[-1].split("·")
+    return x, letters
+
+
+def apart(ours, theirs):
+    """|theirs − ours|; −∞ on both sides is equal, and NaN is infinitely far from a number."""
+    difference = (ours - theirs).abs().masked_fill(ours == theirs, 0.0)
+    return difference.nan_to_num(math.inf, math.inf)
+
+
+def describe_place(pair, name, ours, theirs, tokens):
+    """One sentence about the largest difference of some rows."""
+    split = [parts(pair, name, x) for x in (ours, theirs, apart(ours, theirs))]
+    place = torch.unravel_index(split[2][0].argmax(), split[2][0].shape)
+    a, b, size = (x[place].item() for x, _ in split)
+    token = int(tokens[place[0]])
+    words = [f"row {token // pair.S}", f"token {token % pair.S}", *(
+        f"{LABELS[letter]} {n}" for letter, n in zip(split[0][1], place[1:], strict=True))]
+    if parse(name)[2] is not None:
+        words.append(f"expert {parse(name)[2]}")
+    how = ""
+    if a and math.isfinite(size):
+        ulps = size / (pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))))
+        how = (f" ({ulps:.3g} ulps of {str(pair.dtype)[6:]})" if ulps < 1e6 else
+               f" ({size / abs(a):.2g} times |ours|)")
+    return (f"The largest difference is {size:.3g}{how} at {', '.join(words)}: ours {a:.6g}, "
+            f"theirs {b:.6g}.")
+
+
+def confined(pair, name, ours, theirs, tokens, bad):
+    """One sentence that confines the difference along each axis; `bad` marks rows."""
+    difference, letters = parts(pair, name, apart(ours, theirs)[bad])
+    sizes = ours.masked_fill(ours.isinf(), 0.0).flatten(1).norm(dim=1)
+    floor = pair.rounding * sizes.maximum(sizes.median())[bad] / math.sqrt(ours[0].numel())
+    wrong = difference > floor.view(-1, *[1] * len(letters))
+    if difference.isinf().any():  # NaN and infinity hide what is only wrong
+        wrong = difference.isinf()
+    words = token_words(pair, name, tokens, tokens[bad][wrong.flatten(1).any(1)])
+    for axis, letter in enumerate(letters, 1):
+        found = wrong.movedim(axis, 0).flatten(1).any(1)
+        first = int(found.int().argmax())
+        if not found.all():
+            words.append(f"{LABELS[letter]}s {spans(found.nonzero()[:, 0].tolist())}" + (
+                ", from the last multiple of 8 on" if found[first:].all() and
+                first == len(found) // 8 * 8 else ""))
+    return f"It is confined to {'; '.join(words)}." if words else (
+        "It concerns all tokens and all numbers of each.")
+
+
+def token_words(pair, name, tokens, bad):
+    """Which rows and which of their tokens differ, of those compared; [] if all."""
+    S, bad, all_tokens = pair.S, set(bad.tolist()), set(tokens.tolist())
+    rows = sorted({n // S for n in bad})
+    own = {n for n in all_tokens if n // S in rows}
+    words = [f"rows {spans(rows)}"] if own != all_tokens else []
+    if bad == own:
+        return words
+    for text, pattern in token_patterns(pair, name, sorted(own)):
+        if bad == pattern & own:
+            return [*words, text]
+    by_row = {row: spans([n % S for n in sorted(bad) if n // S == row]) for row in rows}
+    if len(set(by_row.values())) == 1:
+        return [*words, f"tokens {by_row[rows[0]]}"]
+    return [listed((f"tokens {found} of row {row}" for row, found in by_row.items()), joint="; ")]
+
+
+def token_patterns(pair, name, own):
+    """Sets of tokens with a name, as (text, set)."""
+    S, last = pair.S, {n // pair.S: n for n in own}
+    yield "the first token of each row", {n for n in own if n % S == 0}
+    yield "all tokens but the first of each row", {n for n in own if n % S}
+    yield "the last token of each row", set(last.values())
+    for calls in calls_of(pair.trace) if pair.trace.chunk or pair.trace.calls else ():
+        number, start, end = (x.flatten() for x in (calls.number, calls.start, calls.end))
+        yield "the first token of each call", {n for n in own if start[n] == n % S}
+        yield "the last token of each call", {n for n in own if end[n] == n % S + 1}
+        for at in range(1, int(number.max()) + 1):
+            yield f"the tokens from call {at} on", {n for n in own if number[n] >= at}
+            yield f"the tokens of call {at}", {n for n in own if number[n] == at}
+    chosen = pair.ours.get(f"model.layers.{layer_of(name)}.block_sparse_moe.chosen")
+    if chosen is not None and word(name) in ("block_sparse_moe", "layer"):
+        takers = {e: (chosen == e).any(1).nonzero()[:, 0].tolist() for e in experts_in(chosen)}
+        for e, found in takers.items():
+            yield f"the tokens of expert {e}", set(found)
+        yield "the last token of each expert", {found[-1] for found in takers.values()}
+
+
+def summary(names):
+    """Names as text, those of one kind together: w1 of experts 0 and 2 in layer 1."""
+    kinds = {}
+    for last, layer, expert in map(parse, names):
+        kinds.setdefault(last, (set(), set()))
+        for found, n in zip(kinds[last], (layer, expert), strict=True):
+            found.update([] if n is None else [n])
+    def plural(what, numbers):
+        return f"{what}{'s' * (len(numbers) > 1)} {spans(sorted(numbers))}" * bool(numbers)
+    return listed((f"{last} of {plural('layer', layers)}{', ' * bool(experts)}"
+                   f"{plural('expert', experts)}" if layers else last
+                   for last, (layers, experts) in kinds.items()), 8, "; ")
+
+
+# ------------------------------------------------------------------ maps between ours and theirs
+
+
+def matched(ours, theirs, axis):
+    """For each slice of theirs along an axis, the number of the nearest slice of ours."""
+    a, b = (x.nan_to_num(0, 0, 0).movedim(axis, 0).flatten(1) for x in (ours, theirs))
+    return torch.cdist(b, a, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+
+
+def reordered(ours, theirs, axis, what):
+    """Theirs after slices in another order were moved back, as (text, theirs)."""
+    order = matched(ours, theirs, axis)
+    moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
+    if moved and len(set(order.tolist())) == len(order):
+        text = f"{what}s {moved[0]} and {moved[1]} are exchanged" if len(moved) == 2 else (
+            f"its {what}s are ours in the order {listed(order.tolist(), 12)}")
+        yield text, theirs.index_select(axis, order.argsort())
+
+
+def rescaled(ours, theirs, dims, text, c):
+    """Theirs without a factor that is constant along `dims`, as (text, theirs)."""
+    clear = ours.isfinite() & theirs.isfinite() & (ours != 0)
+    a, b = (x.where(clear, 0.0) for x in (ours, theirs))
+    factor = (a * b).sum(dims, keepdim=True) / a.square().sum(dims, keepdim=True)
+    if len(dims) == ours.ndim:
+        named = [name for name, x in factor_names(c).items() if abs(factor.item() / x - 1) < 1e-5]
+        digits = 6 if abs(factor.item() - 1) > 1e-5 else 15
+        text += f" {factor.item():.{digits}g}" + f", which is {' or '.join(named)}" * bool(named)
+    if ours.numel() >= 3 * factor.numel():  # fewer numbers would prove nothing
+        yield text, theirs / factor.where(factor.isfinite() & (factor != 0), 1.0)
+
+
+def maps(pair, name):
+    """What may have happened to any tensor, as (text, theirs undone, whether it can be a layout).
+    """
+    for text, back in other_axes(pair, name):
+        yield text, back, True
+    ours, theirs, tokens = pair.aligned(name, pair.ours[name].double())
+    if theirs is None or word(name) == "chosen":
+        return
+    shape, letters = ours.shape, parts(pair, name, ours)[1]
+    ours, theirs = (parts(pair, name, x)[0] for x in (ours, theirs))
+    found = [(*f, True) for axis, letter in enumerate(letters, 1) if letter not in "DVAT"
+             for f in reordered(ours, theirs, axis, LABELS[letter])]
+    found += [(*f, False) for axis, letter in ((0, None), (len(letters), letters[-1:]))
+              if letter is None or letter[0] in "DVAT"
+              for f in reordered(ours, theirs, axis, LABELS[letter[0]] if letter else "token")]
+    every = range(ours.ndim)
+    for dims, text in ((every, "it is multiplied by"),
+                       (every[:-1], "each feature has its own factor"),
+                       (every[1:], "each token has its own factor")):
+        found += [(*f, True) for f in rescaled(ours, theirs, tuple(dims), text,
+                                               pair.trace.config) if ours.ndim > 1]
+    if word(name) in ("scores", "gate"):
+        clear = ours.isfinite() & theirs.isfinite()
+        added = (theirs - ours).where(clear, math.nan).nanmedian(-1, keepdim=True)[0]
+        found.append(("a number is added to each row", theirs - added.nan_to_num(), True))
+    for by in (1, -1) if axes(name)[0] != "R" else ():
+        moved = theirs.roll(-by, 0)
+        edge = tokens % pair.S == (pair.S - 1 if by > 0 else 0)  # anything can fall free there
+        moved[edge] = ours[edge]
+        found.append((f"it is shifted by {by:+} token", moved, False))
+    for text, back, layout in found:
+        yield text, back.reshape(shape), layout
+    for held, x in pair.ours.items():
+        if x.is_floating_point() and held != name and x.shape == pair.ours[name].shape:
+            other = as_rows(x.double(), axes(name)).reshape(shape)
+            yield f"it holds our {held}", (theirs.reshape(shape) - other) + ours.reshape(shape), 0
 
 
 def other_axes(pair, name):
-    """Theirs as it is if its axes are in another order, as (description, ours, theirs)."""
-    ours, theirs, letters = pair.ours[name].double(), pair.theirs[name].double(), axes(name)
-    split = [part for letter in letters for part in letter.split("·")]
-    apart = ours if split == letters else ours.unflatten(-1, (-1, pair.trace.config["head_dim"]))
-    for how in itertools.permutations(range(apart.ndim)):
-        moved = [n for n in how if apart.shape[n] > 1]
+    """Theirs as it is if its axes are in another order, as (text, rows)."""
+    ours, theirs = pair.ours[name].double(), pair.theirs[name].double()
+    letters = [part for letter in axes(name) for part in letter.split("·")]
+    if len(letters) > ours.ndim:
+        ours = ours.unflatten(-1, (-1, pair.trace.config["head_dim"]))
+    for how in itertools.permutations(range(ours.ndim)):
+        moved = [n for n in how if ours.shape[n] > 1]
         if theirs.numel() == ours.numel() and moved != sorted(moved):
-            back = theirs.reshape([apart.shape[n] for n in how]).permute(
+            back = theirs.reshape([ours.shape[n] for n in how]).permute(
                 [how.index(n) for n in range(len(how))])
-            yield (f"its axes are in the order {' '.join(split[n] for n in how)} instead of "
-                   f"{' '.join(split)}", ours, back.reshape(ours.shape))
+            yield (f"its axes are in the order {' '.join(letters[n] for n in how)} instead of "
+                   f"{' '.join(letters)}", as_rows(back.reshape(pair.ours[name].shape), axes(name)))
 
 
-def anywhere(pair, name):
-    """What can happen to any quantity, as (description, ours, theirs)."""
-    yield from other_axes(pair, name)
-    ours, letters = pair.ours[name].double(), axes(name)
-    theirs = reshaped(pair.theirs[name].double(), ours)
-    if theirs is None:
-        return
-    if word(name) == "chosen":
-        yield "the ids of experts are counted from 1", ours + 1, theirs
-    for by in (1, -1) if "S" in letters else ():
-        moved = ours.roll(by, letters.index("S"))
-        moved.select(letters.index("S"), 0 if by > 0 else -1).fill_(math.nan)
-        yield f"it is shifted by {by:+} token", moved, theirs
-    for other, x in pair.ours.items():
-        if x.is_floating_point() and other != name and x.shape == ours.shape and (
-                layer_of(other) in (layer_of(name), None)):
-            yield f"it holds our {other}", x.double(), theirs
-
-
-def scaled(pair, name):
-    """A constant factor other than 1, as (description, ours); masked scores have none."""
-    ours, theirs, _ = pair.aligned(name, pair.ours[name].double())
-    if theirs is not None and word(name) != "chosen":
-        a, b = (x[ours.isfinite() & theirs.isfinite()] for x in (ours, theirs))
-        factor = ((a * b).sum() / a.square().sum()).item()
-        if abs(factor - 1) > pair.rounding:
-            digits = 6 if abs(factor - 1) > 1e-5 else 15
-            yield f"it is multiplied by {factor:.{digits}g}", pair.ours[name].double() * factor
+def renumbered(pair, gate):
+    """A layer of theirs with the experts in our order, as (text, tensors), from the logits."""
+    ours, theirs = pair.ours[gate].double(), reshaped(pair.theirs[gate].double(), pair.ours[gate])
+    for text, back in () if theirs is None else reordered(ours, theirs, 1, "expert"):
+        order, at, found = matched(ours, theirs, 1), gate.removesuffix("gate"), {gate: back}
+        for name, x in pair.theirs.items():
+            if name == at + "chosen":
+                found[name] = order[x.long().clamp(0, len(order) - 1)]
+            elif name.startswith(at + "experts."):
+                e = parse(name)[2]
+                found[name.replace(f"experts.{e}.", f"experts.{order[e]}.")] = x
+        yield text, found
 
 
 def rounded(ours, theirs):
@@ -92,8 +255,56 @@ def rounded(ours, theirs):
     return None
 
 
+# ------------------------------------------------------------------ testing causes
+
+
+class Steps:
+    """Which steps of the port agree with ours if they start from the port's own numbers."""
+
+    def __init__(self, pair):
+        self.pair, self.port, self.limit = pair, pair.port(), 8 * pair.rounding
+        self.names = [n for n in pair.shared if n in self.port.tensors and word(n) != "tokens"]
+        self.wrong = [n for n in self.names if self.error(n) > self.limit]
+
+    def error(self, name, changes=None):
+        """The largest error of one step, with changes; 0 if it cannot be computed."""
+        try:
+            mine, theirs = Run(self.port, changes).local(name), self.port.tensors[name]
+            if mine.shape != theirs.shape:
+                return math.inf
+            if word(name) == "chosen":
+                return self.choice(name, mine, theirs)
+        except UNFIT:
+            return 0.0
+        if axes(name)[0] != "R":
+            mine, theirs = (as_rows(x, axes(name))[self.pair.real] for x in (mine, theirs))
+        kept = ~mine.flatten(1).isnan().any(1)
+        return max(row_errors(mine[kept], theirs[kept]).tolist(), default=0.0)
+
+    def choice(self, name, mine, theirs):
+        """∞ if experts differ by more than a near tie, otherwise 0."""
+        logits = Run(self.port)[name.replace("chosen", "gate")]
+        a, b = (logits.gather(1, x.clamp(min=0)).sort(1)[0] for x in (mine, theirs))
+        near = (a - b).abs().amax(1) <= self.limit * logits.abs().amax(1)
+        return 0.0 if (near | (mine.sort(1)[0] == theirs.sort(1)[0]).all(1)).all() else math.inf
+
+    def follow(self, name, changes):
+        """The other wrong steps that changes explain, those they do not, and those they spoil."""
+        same, rest, spoilt = [], [], []
+        for other in self.names:
+            run = Run(self.port, changes)
+            if run.change(other) is not None or any(
+                    n not in self.port.tensors for n in Place(run, other).inputs()):
+                fits = self.error(other, changes) <= self.limit
+            else:
+                fits = other not in self.wrong
+            if other != name and not (fits and other not in self.wrong):
+                (spoilt if other not in self.wrong else same if fits else rest).append(other)
+        return same, rest, spoilt
+
+
 class Diagnosis:
-    """Tests all causes of a difference.
+    """Tests all guesses about a difference.
 
     `equal` has the names of the tensors that are equal, `bad` marks the tokens that differ, `keep`
     those that can be compared. What was not tested for lack of weights is in `untested`.
@@ -103,20 +314,20 @@ class Diagnosis:
         self.pair, self.name, self.equal = pair, name, frozenset(equal)
         self.bad, self.keep, self.limit = bad, keep, limit
         self.untested, self.reach = set(), {}
-        self.theirs = reshaped(pair.theirs[name].double(), pair.ours[name])
+        theirs = pair.theirs[name]
+        self.theirs = theirs if word(name) == "chosen" else reshaped(
+            theirs.double(), pair.ours[name])
 
     def remaining(self, name, mine, run=None, theirs=None):
-        """The largest error of theirs against `mine`, or ∞ if mine has too few numbers for a proof.
+        """The largest error of theirs against `mine`, or ∞ if they have too few numbers.
 
-        Rows of `mine` with NaN are left out: a softmax over nothing gives no number to compare. At
-        least a third of the rows that differ must be left.
+        Rows with NaN are left out: a softmax over nothing gives no number to compare. At least a
+        third of the rows that differ must be left.
         """
         if theirs is None:
             mine, theirs, tokens = self.pair.aligned(name, mine, run)
         else:
-            mine, theirs = (as_rows(x, axes(name)) for x in (mine, theirs))
-            tokens = self.pair.expert_tokens(name)
-            tokens = torch.arange(len(mine)) if tokens is None else tokens
+            mine, _, tokens = self.pair.aligned(name, mine)
         if theirs is None or not len(mine):
             return math.inf
         bad, use = self.bad[tokens] & self.keep[tokens], ~mine.flatten(1).isnan().any(1)
@@ -125,135 +336,90 @@ class Diagnosis:
         use &= self.keep[tokens]
         return row_errors(mine[use], theirs[use]).max().item()
 
-    def runs(self):
-        """Every cause that can reach the difference: in all its quantities, and in each alone."""
-        for cause in CAUSES:
-            words = tuple(cause.words.split())
+    def runs(self, port):
+        """Every guess that can reach the difference: in all its quantities, and in each alone."""
+        for words, guesses in GUESSES:
+            words = tuple(words.split())
             reaching = list(filter(self.reaches, words))
             if not reaching:
                 continue
-            theirs = self.theirs if word(self.name) in reaching else None
-            place = Run(self.pair.trace, theirs=theirs).place_of(reaching[0], self.name)
-            values = cause.values(place) if callable(cause.values) else cause.values or [None]
-            for value, part in itertools.product(
-                    values, dict.fromkeys([words, *((w,) for w in reaching)])):
-                only = "" if part == words else f", in {part[0]} only"
-                yield cause.describe(value) + only, Run(
-                    self.pair.trace, cause, value, part, self.equal, theirs)
+            here, run = word(self.name) in reaching, Run(self.pair.trace)
+            run.port = port
+            place = run.place_of(word(self.name) if here else reaching[0], self.name)
+            try:
+                for text, change in guesses(place, self.theirs if here else None):
+                    if isinstance(change, Run):
+                        yield text, change
+                    elif isinstance(change, dict):
+                        yield text, Run(self.pair.trace, change, self.equal)
+                    else:
+                        for part in dict.fromkeys([words, *((w,) for w in reaching)]):
+                            yield text + f", in {part[0]} only" * (part != words), Run(
+                                self.pair.trace, dict.fromkeys(part, change), self.equal)
+            except MissingError as error:
+                self.untested.add(f"{words}: {error}")
+            except (RuntimeError, IndexError):
+                continue  # shapes that contradict those of a tensor that is equal
 
     def reaches(self, last):
         """Whether an error in quantities of this kind can change the tensor."""
         if last not in self.reach:
-            run = Run(self.pair.trace, None, None, (last,), self.equal)
+            run = Run(self.pair.trace, {last: lambda p: None}, self.equal)
             self.reach[last] = run.affected(self.name)
         return self.reach[last]
 
-    def proved(self):
-        """The proved causes as (text, remaining error, run or None), in the order of CAUSES.
+    def proved(self, steps):
+        """The proved causes as (text, remaining error, what else they explain), the best first.
 
-        If some leave a much larger error than others, or explain fewer of the later tensors of the
-        layer, only the others are returned.
+        If some leave a much larger error than others, or explain fewer of the port's other wrong
+        steps, only the others are returned.
         """
         found = []
-        for text, run in self.runs():
+        for text, run in self.runs(steps.port):
             try:
                 error = self.remaining(self.name, run.reach(self.name), run)
             except MissingError:
-                self.untested.add(run.cause.text)
+                self.untested.add(text)
                 continue
-            except (RuntimeError, IndexError):
+            except UNFIT:
                 continue  # its shapes contradict those of a tensor that is equal
             found.append((text, error, run))
-        found += [(text, self.remaining(self.name, mine, theirs=theirs), None)
-                  for text, mine, theirs in anywhere(self.pair, self.name)]
-        found = [cause for cause in found if cause[1] <= self.limit] or [
-            cause for text, mine in scaled(self.pair, self.name)
-            if (cause := (text, self.remaining(self.name, mine), None))[1] <= self.limit]
+        ours = self.pair.ours[self.name].double()
+        if word(self.name) == "chosen":
+            found.append(("the ids of experts are counted from 1", self.remaining(
+                self.name, ours + 1), None))
+        undone = ((text, self.remaining(self.name, ours, theirs=back), None)
+                  for text, back, _ in maps(self.pair, self.name))
+        found = [cause for cause in found if cause[1] <= self.limit] or list(itertools.islice(
+            (cause for cause in undone if cause[1] <= self.limit), 1))
         least = 4 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
+        ranked = [((error > least, *map(len, after[1:])), text, error, after)
+                  for text, error, run in found for after in [self.follow(steps, run)]]
+        best = min((cause[0] for cause in ranked), default=None)
+        return [cause[1:] for cause in ranked if cause[0] == best]
 
-        def rank(cause):
-            equal, rest = self.follows(cause[2])
-            return cause[1] > least, len(rest) - len(equal)
-        ranks = [rank(cause) for cause in found]
-        return [cause for cause, own in zip(found, ranks, strict=True) if own == min(ranks)]
 
-    def follows(self, run):
-        """The later tensors of the layer that a run makes equal, and those that it surely does not.
-
-        Tokens without a number in the run are left out. The check ends where the routing differs
-        from that of theirs or is not known, because the experts have other rows then.
-        """
-        equal, rest, largest, order = [], [], 0.0, self.pair.shared
-        keep, at = self.keep.clone(), f"model.layers.{layer_of(self.name)}"
-        chosen = f"{at}.block_sparse_moe.chosen"
-        for name in order[order.index(self.name):] if run else ():
-            if layer_of(name) != layer_of(self.name) or word(name) == "tokens" or (
-                    not run.affected(name)):
-                continue
-            if (word(name) == "layer" or axes(name)[0] == "R") and chosen not in order and (
-                    run.affected(chosen)):
-                break
-            try:
-                mine, theirs, tokens = self.pair.aligned(name, run[name].double(), run)
-            except (MissingError, RuntimeError, IndexError):
-                continue
-            if theirs is not None:
-                keep[tokens[mine.flatten(1).isnan().any(1)]] = False
-                mine, theirs = (x[keep[tokens]] for x in (mine, theirs))
-            error = math.inf if theirs is None else max(
-                row_errors(mine, theirs).tolist(), default=0.0)
-            limits = self.pair.limits(name, largest)
-            if name == chosen and error:
-                break
-            if error > max(limits):
-                rest.append(name)
-                continue
-            largest = max(largest, error)
-            equal += [name] if name != self.name and error <= min(limits) else []
-        return equal, rest
-
-    def is_ours(self, name):
-        mine, theirs, tokens = self.pair.aligned(name, self.pair.ours[name].double())
-        return theirs is not None and (
-            row_errors(mine, theirs)[self.keep[tokens]] <= self.pair.rounding).all()
+    def follow(self, steps, run):
+        """What else a cause explains; a Run over other rows of tokens explains all or nothing."""
+        if not isinstance(run, Moved):
+            return steps.follow(self.name, run.changes if run else {})
+        last, others = self.pair.shared[-1], [n for n in steps.wrong if n != self.name]
+        mine, theirs, _ = self.pair.aligned(last, run.reach(last))
+        same = row_errors(mine[self.pair.real], theirs[self.pair.real]).max() <= steps.limit
+        return (others, [], []) if same else ([], others, [])
 
 
 # ------------------------------------------------------------------ comparing
 
 
-def describe_place(pair, name, ours, theirs, tokens):
-    """One sentence about the largest difference of some rows."""
-    difference = (ours - theirs).abs().nan_to_num(0.0, math.inf)  # −∞ on both sides is equal
-    place, rest = [], int(difference.argmax())
-    for size in reversed(difference.shape):
-        rest, n = divmod(rest, size)
-        place.insert(0, n)
-    token = int(tokens[place[0]])
-    words = [f"row {token // pair.S}, token {token % pair.S}"]
-    letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")]
-    for letter, n in zip(letters, place[1:], strict=True):
-        head, _, feature = letter.partition("·")
-        d = pair.trace.config["head_dim"]
-        words.append(f"{LABELS[head]} {n // d}, feature {n % d}" if feature else
-                     f"{LABELS[letter]} {n}")
-    if expert := re.search(r"experts\.(\d+)", name):
-        words.append(f"expert {expert[1]}")
-    a, b, size = (x[tuple(place)].item() for x in (ours, theirs, difference))
-    how = ""
-    if a and math.isfinite(size):
-        ulps = size / (pair.epsilon * 2.0 ** math.floor(math.log2(abs(a))))
-        how = (f" ({ulps:.3g} ulps of {str(pair.dtype)[6:]})" if ulps < 1e6 else
-               f" ({size / abs(a):.2g} times |ours|)")
-    return (f"The largest difference is {size:.3g}{how} at {', '.join(words)}: ours {a:.6g}, "
-            f"theirs {b:.6g}.")
-
-
-def flip(p, *tokens):
-    """The experts if at these tokens the first refused expert takes the place of the last one."""
-    chosen, A = p.plain().clone(), p.plain().shape[1]
-    for token in tokens:
-        chosen[token, -1] = p["gate"][token].sort(descending=True, stable=True)[1][A]
-    return chosen
+def flip(tokens):
+    """The change that at these tokens the first refused expert takes the place of the last one."""
+    def refused(p):
+        chosen, A = p.plain().clone(), p.plain().shape[1]
+        for token in tokens:
+            chosen[token, -1] = p["gate"][token].sort(descending=True, stable=True)[1][A]
+        return chosen
+    return {"chosen": refused}
 
 
 class Comparison:
@@ -264,7 +430,7 @@ class Comparison:
         self.tolerances = args.rtol is not None or args.atol is not None
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
-        self.compared = 0
+        self.compared, self.layouts = 0, {}  # a description of each layout, and its tensors
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
 
     def walk(self):
@@ -273,9 +439,10 @@ class Comparison:
             if layer_of(name) != layer:  # attention takes a flip to the later tokens of its row
                 layer = layer_of(name)
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
-            difference = {"chosen": self.choices, "tokens": self.numbering}.get(
-                word(name), self.numbers)(name)
+            difference = self.difference(name)
             self.compared += 1
+            if difference and self.first is None and not self.tolerances and self.layout(name):
+                difference = self.difference(name)
             if difference is None:
                 self.equal += [name] if word(name) != "tokens" else []
                 continue
@@ -285,6 +452,76 @@ class Comparison:
             if word(name) == "chosen":
                 break  # other experts ran: nothing that follows can be compared
         return self
+
+    def difference(self, name):
+        """None if a tensor is equal, else a function that returns sentences about it."""
+        return {"chosen": self.choices, "tokens": self.numbering}.get(
+            word(name), self.numbers)(name)
+
+    def same(self, name, theirs=None, ours=None):
+        """Whether theirs, or the rows given in its place, are equal to ours."""
+        mine, other, tokens = self.pair.aligned(
+            name, self.pair.ours[name].double() if ours is None else ours)
+        other = other if theirs is None else theirs
+        keep = (self.pair.real & ~self.tainted)[tokens]
+        return other is not None and max(row_errors(mine[keep], other[keep]).tolist(), default=0.0
+                                         ) <= min(self.pair.limits(name, self.largest))
+
+    def layout(self, name):
+        """Whether a difference is a layout: all that the port computes from it is equal to ours."""
+        kept, undone, pair = dict(self.pair.theirs), set(self.pair.undone), self.pair
+        if word(name) == "gate":
+            for text, found in renumbered(pair, name):
+                pair.theirs |= found
+                if all(self.settled(n, None, []) for n in found if n in pair.shared):
+                    self.layouts.setdefault(text, []).append(name)
+                    return True
+                pair.theirs = dict(kept)
+        texts = []
+        if self.settled(name, None, texts):
+            for text, other in texts:
+                self.layouts.setdefault(text, []).append(other)
+            return True
+        pair.theirs, pair.undone = kept, undone
+        return False
+
+    def settled(self, name, port, texts):
+        """Whether a tensor is equal, or differs by a layout only; then theirs gets ours."""
+        if word(name) == "tokens" or self.same(name):
+            return True
+        for text, back, layout in maps(self.pair, name):
+            if layout and self.same(name, back):
+                port = port or Run(self.pair.port())  # before anything is undone
+                self.pair.undo(name, back)
+                texts.append((text, name))
+                users = self.users(name)
+                return bool(users) and all(
+                    self.own_step(n, port) or self.settled(n, port, texts) for n in users)
+        return False
+
+    def users(self, name):
+        """The next traced tensors that are computed from a tensor."""
+        pair, dirty, found, run = self.pair, {name}, [], Run(self.pair.trace)
+        for other in pair.order[pair.order.index(name) + 1:]:
+            if word(other) not in ("margin", "tokens") and dirty & set(Place(run, other).inputs()):
+                if other in pair.shared:
+                    found.append(other)
+                else:
+                    dirty.add(other)
+        return found
+
+    def own_step(self, name, port):
+        """Whether our step gives our numbers from what the port computed in its own layout."""
+        try:
+            mine = port.local(name)
+        except UNFIT:
+            return False
+        ours = self.pair.ours[name]
+        if mine.shape != ours.shape or word(name) == "chosen":
+            return mine.shape == ours.shape and mine.equal(ours)
+        mine, ours = (as_rows(x.double(), axes(name)) for x in (mine, ours))
+        keep = self.pair.real if axes(name)[0] != "R" else slice(None)
+        return (row_errors(ours[keep], mine[keep]) <= 8 * self.pair.rounding).all().item()
 
     def numbering(self, name):
         """None if the port numbers the rows of an expert by the tokens that chose it."""
@@ -319,8 +556,9 @@ class Comparison:
         if not bad.any() or not self.tolerances and self.hidden_flips(name, tokens[bad], limits):
             self.largest = max(self.largest, found[~bad].max().item() if (~bad).any() else 0.0)
             return None
-        return lambda: [describe_place(pair, name, ours, theirs, tokens), *self.explain(
-            name, found, bad, tokens, limits)]
+        return lambda: [describe_place(pair, name, ours, theirs, tokens),
+                        confined(pair, name, ours, theirs, tokens, bad),
+                        *self.explain(name, found, bad, tokens, limits)]
 
     def hidden_flips(self, name, bad, limits):
         """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
@@ -329,8 +567,7 @@ class Comparison:
                 not all(self.margin(chosen, t) < self.allowed(chosen, t) for t in bad.tolist())):
             return False
         marked = torch.zeros_like(self.tainted).index_fill_(0, bad, True)
-        run = Run(self.pair.trace, Cause("chosen", "", flip), tuple(bad.tolist()), ("chosen",),
-                  self.equal)
+        run = Run(self.pair.trace, flip(bad.tolist()), self.equal)
         test = Diagnosis(self.pair, name, self.equal, marked, self.pair.real & ~self.tainted, 0.0)
         try:
             if test.remaining(name, run.reach(name), run) > min(limits):
@@ -364,8 +601,9 @@ class Comparison:
         """Whether ours and theirs each have equal logits for the experts that `new` exchanges."""
         own, changed = self.pair.sibling(chosen, "gate"), set(new.tolist())
         changed ^= set(self.pair.ours[chosen][token].tolist())
-        return own is not None and all(len({x[e].item() for e in changed}) == 1
-                                       for x in (own[token], self.logits(chosen, token)))
+        known = own is not None and 0 <= min(changed) and max(changed) < own.shape[1]
+        return known and all(len({x[e].item() for e in changed}) == 1
+                             for x in (own[token], self.logits(chosen, token)))
 
     def gap(self, chosen, token, new):
         """How far our logits are from the choice `new`; ∞ if there are no such experts."""
@@ -401,9 +639,11 @@ class Comparison:
 
     def shapes(self, name):
         pair = self.pair
-        everything = torch.ones_like(pair.real)
-        return [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
-                f"{list(pair.ours[name].shape)}.", *self.cause(name, everything, pair.rounding)]
+        lines = [f"Its shape is {list(pair.theirs[name].shape)}, ours is "
+                 f"{list(pair.ours[name].shape)}."]
+        if pair.theirs[name].numel() * pair.S == pair.ours[name].numel() > 0:
+            lines.append("It has one token per row. Write all of them, not only the last.")
+        return lines + self.cause(name, torch.ones_like(pair.real), pair.rounding)
 
     def explain(self, name, found, bad, tokens, limits):
         """Sentences about a tensor whose numbers differ, from the errors of its rows."""
@@ -413,7 +653,7 @@ class Comparison:
                  f"largest error of a row is {error:.2g}; rounding explains {limit:.2g}."]
         if not pair.theirs[name].isfinite().all() and pair.ours[name].isfinite().all():
             lines.append("Theirs has infinite numbers or NaN.")
-        if pair.trace.chunk and first and first % pair.trace.chunk == 0:
+        if pair.trace.chunk and first and first % pair.trace.chunk == 0 and not pair.trace.calls:
             lines.append(f"Token {first} is the first of a call of {pair.trace.chunk} tokens, "
                          "which points to the cache.")
         marked = torch.zeros_like(pair.real).index_fill_(0, tokens[bad], True)
@@ -424,33 +664,33 @@ class Comparison:
         """Sentences about the proved causes, or about what to do if there are none."""
         limit = min(limit / 4, error / NEARER) if word(name) != "chosen" else 0.0
         test = Diagnosis(self.pair, name, self.equal, bad, self.pair.real & ~self.tainted, limit)
-        causes = test.proved()
+        steps = Steps(self.pair)
+        causes = test.proved(steps)
         if causes:
-            return self.found(test, *causes[0], causes[1:])
+            return self.found(causes, steps)
         dtype = None if test.theirs is None else rounded(
             self.pair.ours[name], self.pair.theirs[name])
         if dtype and error < 4 * torch.finfo(dtype).eps:
             return [f"Cause: the numbers are rounded to {str(dtype)[6:]}."]
-        return self.not_found(name, test, drift)
+        lines = self.not_found(name, test, drift)
+        if others := [n for n in steps.wrong if n != name and not drift]:
+            lines.append("Computed from the port's own numbers, other steps differ too: "
+                         f"{summary(others)}.")
+        return lines
 
-    def found(self, test, text, remaining, run, others):
+    def found(self, causes, steps):
         """Sentences about a proved cause and about those that give the same numbers."""
+        text, remaining, (same, rest, spoilt) = causes[0]
         lines = [f"Cause: {text}. With it, the error that remains is {remaining:.2g}."]
-        equal, rest = test.follows(run)
+        if same:
+            lines.append(f"The port makes the same error in {summary(same)}.")
+        if spoilt:
+            lines.append(f"It does not make it in {summary(spoilt)}.")
         if rest:
-            lines.append(f"It does not explain {rest[0]}, so " + (
-                "it is not made there." if test.is_ours(rest[0]) else "there is another error."))
-        elif equal:
-            lines.append("It also explains the later tensors of the layer that depend on it "
-                         f"({len(equal)}).")
-        mixture = f"model.layers.{layer_of(test.name)}.block_sparse_moe"
-        if run and run.cause.note and mixture in self.pair.shared:
-            ours, theirs, _ = self.pair.aligned(mixture, self.pair.ours[mixture].double())
-            if row_errors(ours[test.keep], theirs[test.keep]).max() <= self.pair.rounding:
-                lines.append(run.cause.note)
-        others = [text for text, _, other in others if not (  # another error, not in fewer places
-            run and other and run.cause is other.cause and run.value is other.value)]
-        if others:
+            lines.append("Computed from the port's own numbers, other steps differ too, so there "
+                         f"is another error: {summary(rest)}.")
+        others = list(dict.fromkeys(other for other, *_ in causes[1:] if READ not in other))
+        if others and READ not in text:
             lines.append(f"The same numbers would follow if {'; or if '.join(others[:3])}.")
         return lines
 
@@ -495,6 +735,9 @@ def verdict(pair, found, args):
         yield f"It has other names too: {', '.join(pair.unknown()[:5])}."
     if args.all:
         yield from (f"{error:10.3g}  {name}" for name, error in found.errors.items())
+    for text, names in found.layouts.items():
+        yield (f"Your layout differs in {summary(names)}: {text}. All that is computed from it is "
+               "equal, so this is no error.")
     for chosen, token, gap in found.flips:
         why = "the logits are equal, and here the lower index is chosen" if gap == 0 else (
             f"the margin is {gap:.2g}")
@@ -551,6 +794,7 @@ def read_names(path):
     return names
 
 
+@torch.inference_mode()
 def main(argv=None):
     args = arguments(argv)
     try:

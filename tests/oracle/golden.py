@@ -36,6 +36,7 @@ class Case(NamedTuple):
     first_position: int = 0
     weight_bytes: int = 8  # 8 for float64 weights, 2 for weights that bfloat16 can hold
     tied_experts: tuple = ()  # experts whose router logits are equal for every token
+    calls: tuple = ()  # the tokens of each call, one number per row, if its rows are ragged
 
 
 CASES = {
@@ -58,7 +59,10 @@ CASES = {
                  {}, [14], tied_experts=(1, 4, 6)),
     "far": Case("positions 32,750 to 32,761, rope_theta 10,000, heads of 32 features",
                 {"rope_theta": 1e4, "head_dim": 32, "num_attention_heads": 2,
-                 "num_key_value_heads": 1}, [12], first_position=32750)}
+                 "num_key_value_heads": 1}, [12], first_position=32750),
+    "serving": Case("ragged rows in six calls through a rolling buffer, window 5, D = H·d",
+                    {"sliding_window": 5, "num_attention_heads": 4}, [14, 9, 8], chunk=6,
+                    calls=((6, 3, 1), (1, 1, 1), (4, 2, 3), (1, 0, 1), (1, 1, 1), (1, 2, 1)))}
 
 
 def shapes(c):
@@ -202,7 +206,8 @@ def golden(case, name):
         "format": "mixtral-trace", "version": "1", "dtype": "float64", "case": case.about,
         "config": json.dumps(config), "order": json.dumps(order), "chunk": str(case.chunk),
         "lengths": json.dumps(case.lengths), "first_position": str(case.first_position),
-        "weights_sha256": digest.hexdigest()})
+        "weights_sha256": digest.hexdigest()} | (
+            {"calls": json.dumps(case.calls)} if case.calls else {}))
 
 
 def main(directory=HERE):

@@ -47,7 +47,8 @@ def read_trace(path, model, chunk):
     B, S = tensors["tokens"].shape
     trace = Trace(tensors, json.loads(metadata["config"]), weights,
                   chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
-                  json.loads(metadata.get("lengths", "null")) or [S] * B)
+                  json.loads(metadata.get("lengths", "null")) or [S] * B,
+                  None if chunk else json.loads(metadata.get("calls", "null")))
     return trace, [name for name, *_ in json.loads(metadata["order"])]
 
 
@@ -82,14 +83,16 @@ def as_rows(x, letters):
 def row_errors(ours, theirs):
     """The error of each row. A score that the softmax turns into 0 counts as −∞."""
     ours, theirs = ours.flatten(1), theirs.flatten(1)
-    top = theirs.amax(1, keepdim=True)
-    masked = ours.isneginf()
-    hidden = masked & (theirs <= top - NEGLIGIBLE)
-    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+    masked, wrong = ours.isneginf(), None
+    if masked.any():
+        hidden = masked & (theirs <= theirs.amax(1, keepdim=True) - NEGLIGIBLE)
+        ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+        wrong = (masked & ~hidden).any(1)
     sizes = ours.norm(dim=1)
     usual = sizes.nanmedian().clamp(min=1e-300)
     found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
-    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
+    found = found if wrong is None else found.masked_fill(wrong, math.inf)
+    return found.nan_to_num(math.inf, math.inf)
 
 
 class Pair:
@@ -99,22 +102,45 @@ class Pair:
         self.trace, self.order = read_trace(args.ours, args.model, args.chunk)
         self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
         self.theirs = {names.get(name, name): x for name, x in found.items()}
+        self.S = self.ours["tokens"].shape[1]
+        self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
+        self.theirs |= {name: self.unpacked(name, x) for name, x in self.theirs.items()
+                        if name in self.ours and len(self.real) > self.real.sum()}
         self.shared = [name for name in self.order if name in self.theirs
                        and name != "tokens" and word(name) != "margin"]
-        if not self.shared:
-            raise IncomparableError(
-                f"{args.theirs}: has none of our names, such as {self.order[1]}; it has "
-                f"{', '.join(sorted(found)[:3])}; map its names with --names")
+        self.check_names(args.theirs, found)
         self.check_tokens()
+        self.undone = set()  # rows of experts that are in our order, after a layout was undone
         floats = [x.dtype for name in self.shared for x in (self.ours[name], self.theirs[name])
                   if x.is_floating_point()]
         self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
         self.epsilon = torch.finfo(self.dtype).eps
-        self.S = self.ours["tokens"].shape[1]
         # Two correct ways to compute an angle in float64 differ by its rounding error.
         angle = torch.finfo(torch.float64).eps * (self.trace.first_position + self.S)
         self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon + angle
-        self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
+
+    def check_names(self, path, found):
+        """Raises IncomparableError if no name is ours, or if many are but for their beginning."""
+        short = [name for name in found if f"model.{name}" in self.order]
+        if short:
+            raise IncomparableError(f"{path}: {min(short)} is our model.{min(short)}; write "
+                                    "`model.` before the names, or map them with --names")
+        if not self.shared:
+            raise IncomparableError(
+                f"{path}: has none of our names, such as {self.order[1]}; it has "
+                f"{', '.join(sorted(found)[:3])}; map its names with --names")
+
+    def unpacked(self, name, x):
+        """A quantity whose rows are packed, without padding, with padding; others as they are."""
+        ours, letters = self.ours[name], axes(name)
+        if "T" in letters or letters[0] == "R" or name == "tokens":
+            return x
+        rest = ours.shape[1 + (letters[0] == "B"):]
+        if x.numel() != self.real.sum() * math.prod(rest):
+            return x
+        full = x.new_zeros(len(self.real), *rest)
+        full[self.real] = x.reshape(-1, *rest)
+        return full.reshape(ours.shape)
 
     def check_tokens(self):
         ours, theirs = (side.get("tokens") for side in (self.ours, self.theirs))
@@ -128,10 +154,13 @@ class Pair:
         theirs = self.theirs.get(at)
         return None if theirs is None else reshaped(theirs, (run or self.ours)[at])
 
-    def takers(self, name, run=None):
-        """The tokens that chose the expert of a quantity by `chosen` in theirs, or None."""
-        chosen = self.sibling(name, "chosen", run)
-        return None if chosen is None else (chosen == parse(name)[2]).any(1).nonzero()[:, 0]
+    def takers(self, name):
+        """The real tokens that chose the expert of a quantity by `chosen` in theirs, or None."""
+        chosen = self.theirs.get(name.partition("experts")[0] + "chosen")
+        if chosen is None or chosen.numel() % len(self.real):
+            return None
+        chosen = chosen.reshape(len(self.real), -1) == parse(name)[2]
+        return (chosen.any(1) & self.real).nonzero()[:, 0]
 
     def aligned(self, name, ours, run=None):
         """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
@@ -153,17 +182,66 @@ class Pair:
 
     def aligned_rows(self, name, ours, run):
         """The rows of one expert, for the tokens that both sides routed to it."""
-        theirs, tokens = self.theirs[name].double(), self.expert_tokens(name, run)
-        other, takers = self.theirs.get(name.rpartition(".")[0] + ".tokens"), self.takers(name, run)
-        other = takers if other is None else other.flatten().long()
-        if takers is not None and len(other) == len(takers) and not other.sort()[0].equal(takers):
-            other = takers  # the numbers in `tokens` are wrong
-        other = tokens if other is None else other
-        if theirs.numel() != len(other) * math.prod(ours.shape[1:]):
+        tokens = self.expert_tokens(name, run)
+        theirs, other = self.own_rows(name, ours.shape[1:], tokens)
+        if theirs is None:
             return ours, None, tokens
-        theirs = theirs.reshape(len(other), *ours.shape[1:])
         mine, picked = torch.where(tokens[:, None] == other)
         return ours[mine], theirs[picked], tokens[mine]
+
+    def own_rows(self, name, shape, tokens=None):
+        """The rows of an expert in theirs and the token of each; None if their number is unclear.
+
+        The tokens are those of `experts.E.tokens`, or else of `chosen`, or else of ours.
+        """
+        if name in self.undone:
+            return self.theirs[name], self.expert_tokens(name)
+        theirs, takers = self.theirs[name].double(), self.takers(name)
+        other = self.theirs.get(name.rpartition(".")[0] + ".tokens", takers)
+        other = self.expert_tokens(name) if other is None else other.flatten().long()
+        numbered = other[self.real[other.clamp(0, len(self.real) - 1)]].sort()[0]
+        if takers is not None and not numbered.equal(takers):
+            other = takers  # the numbers in `tokens` are wrong
+        count = theirs.numel() // math.prod(shape)
+        if count == len(self.real) > len(other):  # an expert that ran on all tokens
+            other = torch.arange(count)
+        if count != len(other) and tokens is not None:
+            other = tokens
+        if theirs.numel() != len(other) * math.prod(shape):
+            return None, other
+        return theirs.reshape(len(other), *shape), other
+
+    def port(self):
+        """Theirs as a trace of its own, in our shapes and float64; what does not fit is left out.
+
+        Padding is no token of an expert, and the rows of an expert are in the order of its tokens.
+        """
+        tensors = {"tokens": self.ours["tokens"]}
+        for name in self.shared:
+            x = self.theirs[name]
+            if word(name) == "tokens":
+                own = self.takers(name)
+            elif axes(name)[0] == "R":
+                own, tokens = self.own_rows(name, self.ours[name].shape[1:])
+                if own is not None:
+                    real = self.real[tokens]
+                    own = own[real][tokens[real].argsort()]
+            elif word(name) in ("chosen", "weights") and x.numel() % len(self.real) == 0:
+                own = x.reshape(len(self.real), -1)
+                own = own.long().where(self.real[:, None], -1) if word(name) == "chosen" else own
+            else:
+                own = reshaped(x, self.ours[name])
+            if own is not None:
+                tensors[name] = own.double() if own.is_floating_point() else own
+        return self.trace._replace(tensors=tensors)
+
+    def undo(self, name, rows):
+        """Put rows, as `aligned` gives them, in the place of a tensor of theirs."""
+        if axes(name)[0] == "R":
+            self.undone.add(name)
+        elif axes(name)[-1] == "T":
+            rows = rows.unflatten(0, (-1, self.S)).transpose(1, 2)
+        self.theirs[name] = rows.reshape(self.ours[name].shape)
 
     def unknown(self):
         """Names in theirs that are not ours, except weights."""

@@ -1,9 +1,9 @@
-"""Mixtral in float64, one function per quantity of a trace, in which a step can be replaced.
+"""Mixtral in float64, one function per quantity of a trace, in which any step can be replaced.
 
 compare.py uses it to compute what a port with a certain error would give. A `Run` takes all that
-the error does not change from our trace and computes the rest with STEPS. So what it needs depends
-on the place: scores without their scale follow from our queries and keys, but the output of the
-same layer follows only with the weights.
+the changes do not reach from a trace and computes the rest with STEPS. So what it needs depends on
+the place: scores without their scale follow from our queries and keys, but the output of the same
+layer follows only with the weights.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from reference import word
+from torch import Tensor
 from torch.nn import functional as F
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "q_rotated", "k_rotated", "scores", "probabilities",
@@ -21,11 +22,11 @@ ROUTER, EXPERT = ("gate", "chosen", "weights"), ("tokens", "w1", "w3", "hidden",
 
 
 class MissingError(LookupError):
-    """A cause cannot be tested, because a tensor of ours or a weight is missing."""
+    """Something cannot be computed, because a tensor or a weight is missing."""
 
 
 class Trace(NamedTuple):
-    """What is known about our side."""
+    """What is known about one side."""
 
     tensors: dict
     config: dict
@@ -33,25 +34,61 @@ class Trace(NamedTuple):
     chunk: int  # tokens per call of the port; 0 if unknown
     first_position: int
     lengths: list  # real tokens per row
+    calls: list = None  # real tokens per call and row, if the rows of a call are ragged
+    positions: Tensor = None  # (B, S), if they do not count the tokens of a row
+
+
+class Calls(NamedTuple):
+    """How a port may read the tokens: for each token the call, its first token and its end."""
+
+    text: str
+    number: Tensor  # (B, S), as are the others
+    start: Tensor
+    end: Tensor
+    size: int  # the tokens of the largest call
+
+
+def calls_of(trace):
+    """The calls of the port; if they are not known, calls of a power of two tokens."""
+    B, S = trace.tensors["tokens"].shape
+    if trace.calls:
+        return [split("the calls of the file", list(zip(*trace.calls, strict=True)), S)]
+    sizes = [trace.chunk] if trace.chunk else [2 ** n for n in range(S.bit_length()) if 2 ** n < S]
+    return [split(f"calls of {c} tokens", [[c] * (S // c)] * B, S) for c in sizes]
+
+
+def split(text, rows, S):
+    """The Calls in which row r reads rows[r] tokens one after another, of S with the rest."""
+    parts = []
+    for sizes in rows:
+        sizes = torch.tensor([*sizes, S - sum(sizes)])
+        end, number = sizes.cumsum(0), torch.arange(len(sizes)).repeat_interleave(sizes)
+        parts.append(torch.stack((number, (end - sizes)[number], end[number])))
+    return Calls(text, *torch.stack(parts, 1), max(map(max, rows)))
 
 
 class Run:
-    """Our forward pass in float64 with a cause at every place that is not known to be equal."""
+    """A forward pass in float64 with changes, {word or name: function of a Place}.
 
-    def __init__(self, trace, cause=None, value=None, words=(), equal=(), theirs=None):
-        self.trace, self.cause, self.value, self.words = trace, cause, value, words
-        self.equal, self.theirs, self.values = equal, theirs, {}
-        self.reached, self.depth = {}, 0
+    What is in `equal` keeps the value of the trace, and so does all that no change reaches.
+    """
+
+    def __init__(self, trace, changes=None, equal=()):
+        self.trace, self.changes, self.equal = trace, changes or {}, equal
+        self.values, self.reached, self.depth = {}, {}, 0
+
+    def change(self, name):
+        return self.changes and (self.changes.get(name) or self.changes.get(parse(name)[0])) or None
 
     def affected(self, name):
-        """Whether the cause changes a quantity, directly or through its inputs."""
+        """Whether a change reaches a quantity, directly or through its inputs."""
         if name not in self.reached:
             place = Place(self, name)
             while self.depth < place.layer:  # layer by layer, so that the recursion stays shallow
                 self.depth += 1
                 self.affected(f"model.layers.{self.depth - 1}")
             self.reached[name] = name not in self.equal and (
-                place.word in self.words or any(map(self.affected, place.inputs())))
+                self.change(name) is not None or any(map(self.affected, place.inputs())))
         return self.reached[name]
 
     def reach(self, name):
@@ -63,31 +100,31 @@ class Run:
 
     def __getitem__(self, name):
         if name not in self.values:
-            self.values[name] = self.compute(name)
+            change = None if name in self.equal else self.change(name)
+            self.values[name] = change(Place(self, name)) if change else self.plain(name)
         return self.values[name]
+
+    def plain(self, name):
+        """The value of a quantity if no change is made in it."""
+        place, tensor = Place(self, name), self.trace.tensors.get(name)
+        if tensor is not None and (name in self.equal or not any(
+                map(self.affected, place.inputs()))):
+            return tensor.double() if tensor.is_floating_point() else tensor
+        return STEPS[place.word][1](place)
+
+    def local(self, name):
+        """A quantity computed by our step, with the changes, from what the trace holds before it.
+
+        This tells whether the step itself agrees with the trace, whatever is wrong before it.
+        """
+        others = {n: x for n, x in self.trace.tensors.items() if n != name}
+        return Run(self.trace._replace(tensors=others), self.changes, others.keys()).reach(name)
 
     def place_of(self, last, name):
         """The place of a quantity in the layer of another one, or in layer 0."""
         place = Place(self, name)
         inside = place.layer < self.trace.config["num_hidden_layers"]
         return Place(self, place.name(last, place.expert or 0, place.layer if inside else 0))
-
-    def compute(self, name):
-        place, last = Place(self, name), word(name)
-        if name in self.equal or not (last in self.words or self.words and last in self.cause.also):
-            return self.plain(name)
-        if last not in self.words:
-            return self.cause.also[last](place)
-        values = self.value if isinstance(self.value, tuple) else (self.value,)
-        return self.cause.function(place, *(v for v in values if v is not None))
-
-    def plain(self, name):
-        """The value of a quantity if the cause is not made in it."""
-        place, tensor = Place(self, name), self.trace.tensors.get(name)
-        if tensor is not None and (name in self.equal or not any(
-                map(self.affected, place.inputs()))):
-            return tensor.double() if tensor.is_floating_point() else tensor
-        return STEPS[word(name)][1](place)
 
 
 @cache
@@ -130,17 +167,17 @@ class Place:
                 for e in (self.experts() if last == "w2" else [None])]
 
     def experts(self):
-        """The experts that have tokens: those of our trace, or any if the choice may change."""
-        chosen, E = self.name("chosen"), self.config["num_local_experts"]
+        """The experts that have tokens: those of the trace, or any if the choice may change."""
+        chosen = self.name("chosen")
         if chosen not in self.run.trace.tensors or self.run.affected(chosen):
-            return range(E)
-        return [e for e in range(E) if self.name("tokens", e) in self.run.trace.tensors]
+            return range(self.config["num_local_experts"])
+        return experts_in(self.run.trace.tensors[chosen])
 
     def __getitem__(self, last):
         return self.run[self.name(last)]
 
     def plain(self, last=None):
-        """A quantity if the cause is not made in it; by default this quantity."""
+        """A quantity if no change is made in it; by default this quantity."""
         return self.run.plain(self.name(last or self.word))
 
     def at(self, expert):
@@ -187,10 +224,12 @@ def norm_input(p):
     return p["residual" if p.word.startswith("post") else "stream"]
 
 
-def norm(p, eps=None, center=False, weight=None):
-    x, weight = norm_input(p), p.norm_weight() if weight is None else weight
-    x = x - x.mean(-1, keepdim=True) if center else x
-    return unit(x, p.config["rms_norm_eps"] if eps is None else eps) * weight
+def norm(p):
+    return unit(norm_input(p), p.config["rms_norm_eps"]) * p.norm_weight()
+
+
+def experts_in(chosen):
+    return sorted(set(chosen.flatten().tolist()) - {-1})
 
 
 def expert_input(p, source="post_attention_layernorm"):
@@ -211,15 +250,22 @@ def linear(p, weight=None):
 
 
 def positions(p):
-    """The positions of the tokens, (S)."""
-    return torch.arange(p.S).double() + p.run.trace.first_position
+    """The positions of the tokens, (B, S)."""
+    t = p.run.trace
+    usual = torch.arange(p.S).double().expand(t.tensors["tokens"].shape) + t.first_position
+    return usual if t.positions is None else t.positions.double()
 
 
-def angles(p, at=None, theta=None, d=None):
-    """position · θ^(−2i/d), with an axis of size 1 for the heads: (S, 1, d/2)."""
+def frequencies(p, theta=None, d=None):
+    """θ^(−2i/d) for i < d/2."""
     d = d or p.d
-    frequency = (theta or p.config["rope_theta"]) ** (-torch.arange(0, d, 2).double() / d)
-    return (positions(p) if at is None else at)[:, None, None] * frequency
+    return (theta or p.config["rope_theta"]) ** (-torch.arange(0, d, 2).double() / d)
+
+
+def angles(p, at=None, frequency=None):
+    """position · frequency, with an axis of size 1 for the heads: (B, S, 1, d/2)."""
+    frequency = frequencies(p) if frequency is None else frequency
+    return (positions(p) if at is None else at)[..., None, None] * frequency
 
 
 class Pairing(NamedTuple):
@@ -249,10 +295,11 @@ def rotated(p, angle=None, x=None, **pairing):
 
 
 def visible(p, first=None, last=None):
-    """The mask (S, T) in which query i sees the keys first … last; Mixtral's by default."""
+    """The mask (B, S, T) in which query i sees the keys first … last; Mixtral's by default."""
     i, j = torch.arange(p.S)[:, None], torch.arange(p.S)
-    first = (i - p.W + 1 if p.W else 0) if first is None else first
-    return (j >= first) & (j <= (i if last is None else last))
+    first = (i - p.W + 1 if p.W else torch.tensor(0)) if first is None else first[..., None]
+    last = i if last is None else last[..., None]
+    return ((j >= first) & (j <= last)).expand(len(p.run.trace.lengths), p.S, p.S)
 
 
 def head_map(p, modulo=False):
@@ -266,14 +313,22 @@ def real(p):
     return torch.arange(p.S) < torch.tensor(p.run.trace.lengths)[:, None]
 
 
+def hidden_padding(p, mask):
+    """A mask (B, S, T) without padded keys; padded queries keep theirs, so that no NaN arises."""
+    return mask & (real(p)[:, None] | ~real(p)[:, :, None])
+
+
 def scores(p, mask=None, scale=1.0, q=None, k=None, modulo=False, padding=False):
-    """q·kᵀ/√d times a scale, −∞ where the mask is false and, without `padding`, at padded keys."""
+    """q·kᵀ/√d times a scale, −∞ where the mask is false and, without `padding`, at padded keys.
+
+    With an axis more, (B, S, T, K, d), the keys can differ from query to query.
+    """
     q, k = p["q_rotated"] if q is None else q, p["k_rotated"] if k is None else k
-    s = torch.einsum("bshd,bthd->bhst", q, k[:, :, head_map(p, modulo)]) * scale / math.sqrt(p.d)
+    k = k[..., head_map(p, modulo), :]
+    s = torch.einsum("bshd,bthd->bhst" if k.ndim == 4 else "bshd,bsthd->bhst", q, k) * scale
     mask = visible(p) if mask is None else mask
-    if not padding:  # padded queries keep their keys, so that no NaN arises
-        mask = mask & (real(p)[:, None, None] | ~real(p)[:, None, :, None])
-    return s.masked_fill(~mask, -math.inf)
+    mask = mask if padding else hidden_padding(p, mask)
+    return (s / math.sqrt(p.d)).masked_fill(~mask[:, None], -math.inf)
 
 
 def mixed(p, v=None, modulo=False):
@@ -281,31 +336,30 @@ def mixed(p, v=None, modulo=False):
     return torch.einsum("bhst,bthd->bshd", p["probabilities"], v[:, :, head_map(p, modulo)])
 
 
-def choose(p, logits, ascending=False, count=None):
-    """The experts of each token; those of padding are −1."""
-    experts = logits.sort(dim=-1, descending=not ascending, stable=True)[1]
-    return experts[:, :count or p.config["num_experts_per_tok"]].where(real(p).view(-1, 1), -1)
+def choose(p, logits, ranks=None):
+    """The experts with certain ranks of each token, the best A by default; −1 for padding."""
+    ranks = list(range(p.config["num_experts_per_tok"])) if ranks is None else ranks
+    experts = logits.sort(dim=-1, descending=True, stable=True)[1][:, ranks]
+    return experts.where(real(p).view(-1, 1), -1)
 
 
 def chosen_logits(p):
     return p["gate"].gather(1, p["chosen"].clamp(min=0))
 
 
-def mixture(p, weights=None, add=torch.Tensor.index_add_, rows=None, keep=None):
+def mixture(p, weights=None, add=Tensor.index_add_, source=None, target=None, keep=None):
     """Σ routing weight · expert output.
 
-    For wrong sums, `add` puts rows into the result, `rows` says where, and `keep` which of them.
+    For wrong sums, `add` puts rows into the result, `source` says from which tokens their weights
+    come, `target` to which tokens they are added, and `keep` which of them are added.
     """
     chosen, weights = p["chosen"], p["weights"] if weights is None else weights
     y = torch.zeros_like(p["residual"]).flatten(0, 1)
-    for e in sorted(set(chosen.flatten().tolist()) - {-1}):
+    for e in experts_in(chosen):
         token, rank = torch.where(chosen == e)
-        output = weights[token, rank, None] * p.at(e)["w2"]
-        target = token if rows is None else rows(token)
-        if keep is not None:
-            kept = keep(token, rank)
-            target, output = target[kept], output[kept]
-        add(y, 0, target, output)
+        share = weights[source(token) if source else token, rank, None]
+        kept = keep(token, rank) if keep else slice(None)
+        add(y, 0, (target(token) if target else token)[kept], (share * p.at(e)["w2"])[kept])
     return y.view_as(p["residual"])
 
 

@@ -1,0 +1,495 @@
+"""Errors of ports for the tests: what is replaced in mixtral.py, and the cause to be named.
+
+SEEDS has for each error the replaced functions (see port.py), the beginning of the cause, the end
+of the name of the first tensor that differs, the golden file, and other weights.
+"""
+
+import math
+import re
+
+import torch
+from port import now, score
+from torch.nn import functional as F
+
+import mixtral
+from mixtral import Attention, Cache, RMSNorm, at_least_float32
+
+ROTATION, ROTATE, ROUTE, VISIBLE = (
+    mixtral.rotation, mixtral.rotate, mixtral.route, mixtral.visible)
+
+
+# ------------------------------------------------------------------ how errors are made
+
+
+def norm(combine):
+    """RMSNorm from its input, the mean square, ε and the weight."""
+    return {"RMSNorm.forward": lambda self, x: combine(
+        x, x.square().mean(-1, keepdim=True), self.eps, self.weight)}
+
+
+def turned(change=lambda a: a, take=None, put=None):
+    """Other angles, or other pairs."""
+    def rotate(x, cos, sin):
+        angle = change(torch.atan2(sin, cos).double())
+        a, b = take(x.double()) if take else x.double().chunk(2, -1)
+        pair = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return (put(*pair) if put else torch.cat(pair, -1)).to(x.dtype)
+    return {"rotate": rotate}
+
+
+def even_odd(x):
+    return x[..., 0::2], x[..., 1::2]
+
+
+def interleaved(a, b):
+    return torch.stack((a, b), -1).flatten(-2)
+
+
+def placed(change):
+    """Other positions, of queries and keys."""
+    return {"rotation": lambda positions, d, theta: ROTATION(change(positions), d, theta)}
+
+
+def one_side(heads, change):
+    """Other positions for the tensor with that many heads, queries or keys, only."""
+    def rotation(positions, d, theta):
+        now.turns = ROTATION(change(positions), d, theta)
+        return ROTATION(positions, d, theta)
+
+    def rotate(x, cos, sin):
+        turns = now.turns if x.shape[2] == heads else (cos, sin)
+        return ROTATE(x, *(part.to(cos.dtype) for part in turns))
+    return {"rotation": rotation, "rotate": rotate}
+
+
+def frequencies(change):
+    """The angles from the positions (B, S, 1, 1), i (d/2), d and θ."""
+    def rotation(positions, d, theta):
+        angle = change(positions[:, :, None, None], torch.arange(d // 2).double(), d, theta)
+        return angle.double().cos(), angle.double().sin()
+    return {"rotation": rotation}
+
+
+FIRST_HALF = {
+    "rotation": lambda positions, d, theta: ROTATION(positions + 32750, d // 2, theta),
+    "rotate": lambda x, cos, sin: torch.cat((
+        ROTATE(x[..., :x.shape[-1] // 2], cos, sin), x[..., x.shape[-1] // 2:]), -1)}
+
+
+def seen(mask):
+    """The mask from the positions i of queries (B, S, 1) and j of keys (B, 1, T), and the window.
+    """
+    return {"visible": lambda queries, keys, window: (keys >= 0)[:, None] & mask(
+        queries[:, :, None], keys[:, None], window)}
+
+
+def start():
+    """The first position of the call in each row, (B, 1, 1)."""
+    return now.start[:, None, None]
+
+
+def slots(queries, keys, window):
+    j = torch.arange(keys.shape[1]).expand_as(keys).where(keys >= 0, 10 ** 6)
+    return VISIBLE(queries, j, window)
+
+
+def rotated_again(self, layer, k, v):
+    """In place of Cache.update: each call rotates the keys of earlier calls once more."""
+    row, _, slot = self.target
+    old = self.positions.clone()
+    old[row, slot] = 0
+    angle = old.clamp(min=0)[..., None, None] * 1e6 ** (
+        -torch.arange(0, k.shape[-1], 2).double() / k.shape[-1])
+    self.keys[layer] = ROTATE(self.keys[layer], angle.cos(), angle.sin())
+    return UPDATE(self, layer, k, v)
+
+
+UPDATE = Cache.update
+
+
+def project(change):
+    """Attention.forward with a change of the input of its projections, or of their outputs."""
+    forward = Attention.forward
+    return {"Attention.forward": lambda self, x, *rest: forward(self, change(x), *rest)}
+
+
+def unrotated(keys):
+    """In place of mixtral.rotate and attend: the scores use what was not rotated."""
+    raw, rotate = {}, mixtral.rotate
+
+    def keep(x, cos, sin):
+        raw[x.shape[2]] = x.transpose(1, 2)
+        return rotate(x, cos, sin)
+
+    def wrong(q, k):
+        own = {x.shape[1]: x for x in raw.values()}
+        H = q.shape[1]
+        K = min(own)
+        return score(q if keys else own[H], own[K].repeat_interleave(H // K, 1))
+    return {"rotate": keep, "score": wrong}
+
+
+def routed(weigh):
+    """Weights of the chosen experts from (their logits, all logits, the choice)."""
+    def route(logits, top_k):
+        _, chosen = ROUTE(logits, top_k)
+        return weigh(logits.gather(1, chosen), logits, chosen), chosen
+    return {"route": route}
+
+
+def chosen(choose):
+    """Other experts, from the logits and their number."""
+    def route(logits, top_k):
+        found = choose(logits, top_k)
+        return logits.gather(1, found).softmax(-1), found
+    return {"route": route}
+
+
+def best(logits, count):
+    return logits.argsort(dim=-1, descending=True, stable=True)[:, :count]
+
+
+def active(hidden):
+    """Another function of g = w1·x and u = w3·x."""
+    return {"Expert.forward": lambda self, x: self.w2(hidden(self.w1(x), self.w3(x)))}
+
+
+def mixture(share=None, put=torch.Tensor.index_add_, rows=None, keep=None, order=None):
+    """SparseMoE with other weights, another addition, other rows, or without some tokens."""
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        logits = self.gate(tokens)
+        weights, chosen = mixtral.route(logits, self.top_k)
+        weights = share(weights, chosen, logits) if share else weights
+        y = torch.zeros_like(at_least_float32(tokens))
+        for e in sorted(set(chosen.flatten().tolist())):
+            token, rank = torch.where(chosen == e)
+            token, rank = keep(token, rank) if keep else (token, rank)
+            out = self.experts[e](tokens[token])
+            own = weights[torch.arange(len(token)) if order else token, rank, None]
+            put(y, 0, torch.arange(len(token)) if rows else token, own * out)
+        return y.to(x.dtype).view(x.shape)
+    return {"SparseMoE.forward": forward}
+
+
+def inside(where, also=False):
+    """The routing weight inside the experts, and perhaps also in the sum."""
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weights, chosen = mixtral.route(self.gate(tokens), self.top_k)
+        y = torch.zeros_like(tokens)
+        for e in sorted(set(chosen.flatten().tolist())):
+            token, rank = torch.where(chosen == e)
+            w, expert, rows = weights[token, rank, None].to(x), self.experts[e], tokens[token]
+            if where == "input":
+                out = expert(rows * w)
+            else:
+                out = expert.w2(F.silu(expert.w1(rows)) * expert.w3(rows) * w)
+            y.index_add_(0, token, out * w if also else out)
+        return y.view(x.shape)
+    return {"SparseMoE.forward": forward}
+
+
+def every_expert(self, x):
+    tokens = x.flatten(0, 1)
+    logits = self.gate(tokens)
+    weights, chosen = mixtral.route(logits, self.top_k)
+    for e in sorted(set(chosen.flatten().tolist())):
+        self.experts[e](tokens[(chosen == e).any(1)])
+    y = sum(share[:, None] * F.linear(F.silu(F.linear(tokens, e.w1.weight)) * F.linear(
+        tokens, e.w3.weight), e.w2.weight)
+        for share, e in zip(logits.softmax(-1).T, self.experts, strict=True))
+    return y.view(x.shape)
+
+
+def block(add_attention=torch.add, add_mixture=torch.add):
+    """Block with other sums, of (stream, output, normed stream, input of the layer)."""
+    def forward(self, x, *rest):
+        normed = self.input_layernorm(x)
+        h = add_attention(x, self.self_attn(normed, *rest), *([normed] * (
+            add_attention is not torch.add)))
+        normed = self.post_attention_layernorm(h)
+        y = self.block_sparse_moe(normed)
+        return h + y if add_mixture is torch.add else add_mixture(h, y, normed, x)
+    return {"Block.forward": forward}
+
+
+def parallel(self, x, *rest):
+    """Block.forward whose mixture reads the input of the layer; RMSNorm of `parallel_norm`."""
+    h = x + self.self_attn(self.input_layernorm(x), *rest)
+    now.instead = x
+    normed = self.post_attention_layernorm(h)
+    return h + self.block_sparse_moe(normed)
+
+
+def parallel_norm(self, x, forward=RMSNorm.forward):
+    x, now.instead = x if now.instead is None else now.instead, None
+    return forward(self, x)
+
+
+# Weights under other names, as functions of all weights.
+
+
+def renamed(pattern, replacement, only=""):
+    """Each weight whose name matches takes the weight whose name results from the replacement."""
+    return lambda weights: {name: weights[re.sub(pattern, replacement, name)] for name in weights
+                            if re.search(pattern, name) and only in name}
+
+
+def swapped(a, b):
+    return lambda weights: {name.replace(x, y): weights[name] for x, y in ((a, b), (b, a))
+                            for name in weights if x in name}
+
+
+def exchanged_sides(part):
+    """The buffers of weights read with inputs and outputs exchanged."""
+    return lambda weights: {name: w.reshape(w.shape[::-1]).T.contiguous()
+                            for name, w in weights.items() if part in name}
+
+
+def rows_of_heads(shape):
+    return lambda weights: {name: w.unflatten(0, (-1, *shape)).transpose(1, 2).reshape(w.shape)
+                            for name, w in weights.items() if "q_proj" in name or "k_proj" in name}
+
+
+def scaled(part, factor):
+    return lambda weights: {n: w * factor for n, w in weights.items() if part in n}
+
+
+def copied(target, source):
+    return lambda weights: {target + ".weight": weights[source + ".weight"]}
+
+
+AT = "model.layers.0.block_sparse_moe.experts."
+SEEDS = [
+    # Embeddings and norms.
+    ({}, "it is multiplied by 4, which is √D", "embed_tokens", "plain", scaled("embed_tokens", 4)),
+    ({}, "the embedding of token id +1 is read", "embed_tokens", "plain",
+     lambda w: {"model.embed_tokens.weight": w["model.embed_tokens.weight"].roll(-1, 0)}),
+    ({}, "the rows of lm_head are used as embeddings", "embed_tokens", "plain",
+     copied("model.embed_tokens", "lm_head")),
+    (norm(lambda x, m, eps, w: x), "the norm is missing", "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / (m + eps).sqrt()), "the weight of the norm is missing",
+     "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / (m + eps).sqrt() * (1 + w)), "the norm multiplies by 1 + weight",
+     "input_layernorm", "plain"),
+    ({"RMSNorm.forward": lambda self, x, forward=RMSNorm.forward: forward(
+        self, x - x.mean(-1, keepdim=True))}, "the mean is subtracted", "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / (x.var(-1, correction=0, keepdim=True) + eps).sqrt() * w),
+     "the variance, over D, takes the place", "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / ((m + eps) * 16).sqrt() * w),
+     "the norm divides by √(sum of squares)", "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / (m + eps) * w), "the norm divides by the mean of squares",
+     "input_layernorm", "plain"),
+    (norm(lambda x, m, eps, w: x / (m.sqrt() + eps) * w), "ε is added after the root",
+     "input_layernorm", "three_experts"),
+    (norm(lambda x, m, eps, w: x / (m + 0.0237).sqrt() * w), "rms_norm_eps is 0.0237",
+     "input_layernorm", "three_experts"),
+    ({}, "the weights of the two norms of a layer are exchanged", "input_layernorm", "plain",
+     swapped("input_layernorm", "post_attention_layernorm")),
+    ({}, "the weight of model.norm is used", "layers.1.input_layernorm", "plain",
+     copied("model.layers.1.input_layernorm", "model.norm")),
+    ({"Block.forward": parallel, "RMSNorm.forward": parallel_norm},
+     "the mixture reads the input of the layer", "post_attention_layernorm",
+     "plain"),
+    # Projections.
+    ({}, "the rows of each head are in Mistral's order", "q_proj", "far", rows_of_heads((2, 16))),
+    ({}, "the rows of each head are converted twice", "q_proj", "far", rows_of_heads((16, 2))),
+    ({}, "k_proj and v_proj are exchanged", "k_proj", "plain", swapped("k_proj", "v_proj")),
+    ({}, "q_proj and k_proj are exchanged", "q_proj", "one_expert", swapped("q_proj", "k_proj")),
+    ({}, "the buffers of weights are read with inputs and outputs exchanged", "q_proj", "serving",
+     exchanged_sides("q_proj")),
+    ({}, "the buffers of weights are read with inputs and outputs exchanged", "w1", "plain",
+     exchanged_sides(".w1")),
+    ({}, "the buffers of weights are read with inputs and outputs exchanged", "lm_head", "plain",
+     exchanged_sides("lm_head")),
+    ({}, "the weight of layer 0 is used", "layers.1.self_attn.o_proj", "plain",
+     renamed(r"layers\.1\.self_attn.o_proj", "layers.0.self_attn.o_proj")),
+    (project(lambda x: x * 1.5), "it is multiplied by 1.5", "q_proj", "plain"),
+    ({}, "read from the numbers, other weights are used: that of model.embed_tokens in lm_head",
+     "lm_head", "plain", copied("lm_head", "model.embed_tokens")),
+    ({}, f"read from the numbers, other weights are used: that of {AT}7.w3 in {AT}2.w1",
+     "experts.2.w1", "plain", copied(AT + "2.w1", AT + "7.w3")),
+    ({}, "the weights of expert e +1 are used", "experts.0.w1", "plain",
+     lambda w: {n: w[re.sub(r"experts\.(\d)", lambda m: f"experts.{(int(m[1]) + 1) % 8}", n)]
+                for n in w if "experts" in n}),
+    ({}, "read from the numbers, other weights are used: that of model.layers.0.block_sparse_moe.",
+     "experts.0.w2", "plain", lambda w: {n: w[re.sub(
+         r"experts\.(\d)", lambda m: f"experts.{7 - int(m[1])}", n)] for n in w if ".w2" in n}),
+    ({}, "w1 and w3 are exchanged", "w1", "plain", swapped(".w1.", ".w3.")),
+    # Rotation.
+    ({"rotate": lambda x, cos, sin: x}, "heads are not rotated", "q_rotated", "plain"),
+    (turned(take=even_odd, put=interleaved),
+     "neighbours (2i, 2i + 1) are rotated as pairs instead", "q_rotated", "plain"),
+    (turned(take=even_odd), "neighbours (2i, 2i + 1) are rotated as pairs and written", "q_rotated",
+     "plain"),
+    (turned(lambda a: -a), "heads are rotated the other way", "q_rotated", "plain"),
+    (turned(lambda a: 2 * a), "heads are rotated twice", "q_rotated", "plain"),
+    (turned(lambda a: math.pi / 2 - a), "cosine and sine are exchanged", "q_rotated", "plain"),
+    ({"rotate": lambda x, cos, sin: torch.cat((
+        x.chunk(2, -1)[0] * cos - x.chunk(2, -1)[1] * sin,
+        x.chunk(2, -1)[1] * cos - x.chunk(2, -1)[0] * sin), -1).to(x.dtype)},
+     "the second half has the wrong sign", "q_rotated", "plain"),
+    (FIRST_HALF, "only the first half of each head is rotated", "q_rotated", "far"),
+    (placed(lambda p: p + 1), "positions are shifted by +1", "q_rotated", "plain"),
+    (placed(lambda p: p.flip(1)), "read from the numbers, positions are 13 instead of 0 at token 0",
+     "q_rotated", "plain"),
+    (placed(lambda p: p - now.start[:, None]), "positions restart with each call", "q_rotated",
+     "chunked"),
+    (placed(lambda p: p * 0 + now.start[:, None]), "all tokens of a call get the position of its",
+     "q_rotated", "chunked"),
+    (placed(lambda p: p % 8), "slots are used as positions: p mod C, with calls of 4 tokens and C "
+     "= 8", "q_rotated", "chunked"),
+    (placed(lambda p: p + (now.call > 0)), "positions are shifted by +1 after the first call",
+     "q_rotated", "serving"),
+    (one_side(2, lambda p: p + (now.call > 0)), "positions are shifted by +1 after the first call",
+     "k_rotated", "serving"),
+    (one_side(4, lambda p: p - 1 * (now.call > 0)), "positions are shifted by -1 after the first "
+     "call", "q_rotated", "serving"),
+    (placed(lambda p: p + (now.lengths.cumsum(0) - now.lengths)[:, None]),
+     "rows continue the positions of the row before", "q_rotated", "ragged"),
+    (placed(lambda p: p + (now.lengths.cumsum(0) - now.lengths)[:, None] * (now.call > 0)),
+     "read from the numbers, positions are ", "q_rotated", "serving"),
+    (placed(lambda p: p / 4), "positions are divided by 4", "q_rotated", "plain"),
+    (frequencies(lambda p, i, d, theta: p / 3210 ** (2 * i / d)), "rope_theta is 3210", "q_rotated",
+     "plain"),
+    (frequencies(lambda p, i, d, theta: p / theta ** (i / d)), "the exponent of the frequency is",
+     "q_rotated", "plain"),
+    (frequencies(lambda p, i, d, theta: p / theta ** ((2 * i + 1) / d)), "read from "
+     "the numbers, angles are multiplied by", "q_rotated", "window"),
+    (frequencies(lambda p, i, d, theta: p * (1 + i) / 7.0), "read from the numbers, the frequencies"
+     " of the pairs are 0.142857, 0.285714", "q_rotated", "window"),
+    (frequencies(lambda p, i, d, theta: (p + 32750.0).float() / theta ** (2 * i / d).float()),
+     "angles are computed in float32", "q_rotated", "far"),
+    (frequencies(lambda p, i, d, theta: (p + 32750.0).bfloat16().double() / theta ** (2 * i / d)),
+     "positions are rounded to bfloat16", "q_rotated", "far"),
+    (frequencies(lambda p, i, d, theta: p / theta ** (2 * i / d)),
+     "positions start at 0 instead", "q_rotated", "far"),
+    # Scores, mask and softmax.
+    ({"score": lambda q, k: q @ k.mT}, "it is multiplied by 2, which is", "scores", "plain"),
+    ({"score": lambda q, k: q @ k.mT / 4}, "it is multiplied by 0.5, which is", "scores", "plain"),
+    ({"shared": lambda k, H: k.repeat(1, H // k.shape[1], 1, 1)},
+     "query head h uses key/value head h mod K", "scores", "plain"),
+    (unrotated(keys=False), "queries and keys are used without their rotation", "scores", "plain"),
+    (unrotated(keys=True), "keys are used without their rotation", "scores", "plain"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < W + 1)), "the window is off by one: 6 keys", "scores",
+     "window"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < W - 1)), "the window is off by one: 4 keys", "scores",
+     "window"),
+    (seen(lambda i, j, W: j <= i), "there is no window", "scores", "window"),
+    (seen(lambda i, j, W: i - j < W), "queries see the keys of the window, and later tokens",
+     "scores", "window"),
+    (seen(lambda i, j, W: j > -1), "there is no mask", "scores", "window"),
+    (seen(lambda i, j, W: (j <= i + 1) & (i - j < W)),
+     "queries see the keys of the window, to the next token", "scores", "window"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < W) & ((i - j) % 4 != 2)),
+     "read from the numbers, query 2 of row 0 sees the keys 1 to 2 instead of 0 to 2", "scores",
+     "window"),
+    (seen(lambda i, j, W: (j >= start()) & (j <= i) & (i - j < W)),
+     "a call does not see the keys of earlier calls", "mixed", "chunked"),
+    (seen(lambda i, j, W: i - j < W), "queries see later tokens of the same call", "mixed",
+     "chunked"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < W) | (j >= start()) & (start() > 0)),
+     "calls after the first have no causal mask inside", "mixed", "chunked"),
+    (seen(lambda i, j, W: (j <= start()) & (start() - j < W) & (i > -1)),
+     "all queries of a call use the mask of its first one", "mixed", "chunked"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < (W if now.call < 2 else 2))),
+     "read from the numbers, query 8 of row 0 sees the keys 7 to 8 instead of 4 to 8", "mixed",
+     "chunked"),
+    ({}, "the rolling buffer is too small: 5 slots", "mixed", "chunked", None, 5),
+    ({"visible": slots}, "slots are read as positions by the mask", "mixed", "chunked"),
+    ({"visible": slots}, "slots are read as positions by the mask", "mixed", "serving"),
+    (seen(lambda i, j, W: (j <= i) & (i - j < W + 1)), "the window is off by one", "mixed",
+     "serving", None, 9),
+    ({}, "each call is padded on the left, and the padding is not masked; positions count columns",
+     "q_rotated", "ragged", None, None, True),
+    ({}, "each call is padded on the left, and the padding is not masked; positions count columns",
+     "q_rotated", "serving", None, None, True),
+    (placed(lambda p: (p - (9 - now.lengths)[:, None]).clamp(min=0)),
+     "each call is padded on the left, and the padding is not masked; positions count tokens",
+     "mixed", "ragged", None, None, True),
+    ({"Cache.update": rotated_again}, "keys are rotated again by every later call", "mixed",
+     "serving"),
+    ({"hide": lambda s, mask: torch.where(mask, s, -9.0)}, "masked scores are -9, which", "scores",
+     "plain"),
+    ({"hide": lambda s, mask: s - 9.0 * ~mask}, "the mask adds -9, which", "scores", "plain"),
+    ({"hide": lambda s, mask: torch.where(mask, 30 * torch.tanh(s / 30), -math.inf)},
+     "it is capped as 30·tanh", "scores", "plain"),
+    ({"softmax": lambda s: s.exp() / (1 + s.exp().sum(-1, True))},
+     "the softmax has one more term e⁰", "probabilities", "plain"),
+    ({"softmax": lambda s: s.softmax(-2)}, "the softmax runs over the queries", "probabilities",
+     "plain"),
+    ({"softmax": lambda s: (s * math.log(2)).softmax(-1)}, "the exponential has base 2",
+     "probabilities", "plain"),
+    ({"softmax": lambda s: (s - s.amax(-1, True)).exp()}, "the exponentials are not divided",
+     "probabilities", "plain"),
+    # Residual stream.
+    (block(lambda x, y, normed: y), "it is 0·stream + 1·o_proj", "residual", "plain"),
+    (block(lambda x, y, normed: normed + y), "it is 1·o_proj + 1·input_layernorm", "residual",
+     "plain"),
+    (block(lambda x, y, normed: 0.7 * x + y), "it is 0.7·stream + 1·o_proj", "residual", "plain"),
+    (block(add_mixture=lambda h, y, normed, x: x + y), "it is 1·block_sparse_moe + 1·stream",
+     "layers.0", "plain"),
+    (block(add_mixture=lambda h, y, normed, x: h + 2 * y), "it is 1·residual + 2·block_sparse_moe",
+     "layers.0", "plain"),
+    # Router and experts.
+    (chosen(lambda logits, k: (-logits).argsort(-1, descending=True)[:, :k]),
+     "the experts with the smallest logits are chosen", "chosen", "plain"),
+    (chosen(lambda logits, k: best(logits, k + 1)), "3 experts per token are chosen", "chosen",
+     "plain"),
+    (chosen(lambda logits, k: best(logits, k + 1)[:, 1:]),
+     "read from the numbers, the experts with the ranks 1, 2, from 0, are chosen", "chosen",
+     "plain"),
+    (chosen(lambda logits, k: best(logits.abs(), k)), "the experts with the largest absolute logit",
+     "chosen", "plain"),
+    (chosen(lambda logits, k: best(logits[:, :6], k)), "the experts 6 to 7 are never chosen",
+     "chosen", "plain"),
+    (routed(lambda raw, logits, c: logits.softmax(-1).gather(1, c)), "renormalisation is missing",
+     "weights", "plain"),
+    (routed(lambda raw, *_: raw), "logits are used without a softmax", "weights", "plain"),
+    (routed(lambda raw, *_: torch.full_like(raw, 0.5)), "all weights are 1/A", "weights", "plain"),
+    (routed(lambda raw, *_: raw.sigmoid()), "a sigmoid takes the place", "weights", "plain"),
+    (routed(lambda raw, *_: F.normalize(raw.sigmoid(), p=1, dim=1)), "a normalised sigmoid",
+     "weights", "plain"),
+    (routed(lambda raw, *_: raw.softmax(-1).softmax(-1)), "the softmax is taken twice", "weights",
+     "plain"),
+    (routed(lambda raw, *_: (raw / 1.7).softmax(-1)), "read from the numbers, the logits are multi"
+     "plied by 0.588", "weights", "plain"),
+    (routed(lambda raw, *_: raw.softmax(-1).flip(1)), "the weights of the experts are in reverse",
+     "weights", "plain"),
+    (active(lambda g, u: F.silu(u) * g), "silu is applied to w3·x", "hidden", "plain"),
+    (active(lambda g, u: g * u), "the identity takes the place of silu", "hidden", "plain"),
+    (active(lambda g, u: F.gelu(g) * u), "gelu takes the place of silu", "hidden", "plain"),
+    (active(lambda g, u: F.gelu(g, approximate="tanh") * u), "gelu with tanh", "hidden", "plain"),
+    (active(lambda g, u: g * torch.sigmoid(1.702 * g) * u), "x·sigmoid(1.702·x)", "hidden",
+     "plain"),
+    (active(lambda g, u: g.relu() ** 2 * u), "relu² takes the place", "hidden", "plain"),
+    (active(lambda g, u: F.silu(g)), "silu is not multiplied by w3·x", "hidden", "plain"),
+    (active(lambda g, u: F.silu(g * u)), "silu is applied to the product", "hidden", "plain"),
+    (inside("input"), "the routing weight multiplies the input of the expert instead", "w1",
+     "plain"),
+    (inside("input", also=True), "the routing weight multiplies the input of the expert and also",
+     "w1", "plain"),
+    (inside("hidden", also=True), "the routing weight is inside `hidden` and also", "hidden",
+     "plain"),
+    # Sum over the experts.
+    (mixture(lambda w, c, logits: torch.ones_like(w)), "the outputs of the experts are added witho",
+     "block_sparse_moe", "plain"),
+    (mixture(lambda w, c, logits: logits.softmax(-1).gather(1, c)),
+     "the weights of a softmax over all experts are used", "block_sparse_moe", "plain"),
+    (mixture(lambda w, c, logits: w * torch.tensor([1.0, 0.0])), "only the first expert is used, w",
+     "block_sparse_moe", "plain"),
+    (mixture(lambda w, c, logits: w ** 2), "the weights are applied twice", "block_sparse_moe",
+     "plain"),
+    (mixture(lambda w, c, logits: w.flip(1)), "the outputs are combined with the weights in rever",
+     "block_sparse_moe", "plain"),
+    (mixture(lambda w, c, logits: w * (c != 3)), "read from the numbers, the weights of the sum are"
+     " -", "block_sparse_moe", "plain"),
+    (mixture(order=True), "row r of an expert is combined with the weight of token r",
+     "block_sparse_moe", "plain"),
+    (mixture(rows=True), "the rows of an expert are added to tokens 0, 1, 2", "block_sparse_moe",
+     "plain"),
+    (mixture(put=torch.Tensor.index_copy_), "the output of an expert overwrites",
+     "block_sparse_moe", "plain"),
+    ({"SparseMoE.forward": every_expert}, "all experts are used", "block_sparse_moe", "plain"),
+]
