@@ -199,8 +199,8 @@ def substitutes(p, theirs):
         except (MissingError, RuntimeError, IndexError):
             continue
         for other, weight in port.weights.items():
-            for how, w in (("", weight), (" transposed", weight.T), (
-                    " with inputs and outputs exchanged", exchanged_sides(weight))):
+            for how, w in (("", weight), (" transposed", weight.t() if weight.ndim < 3 else weight),
+                           (" with inputs and outputs exchanged", exchanged_sides(weight))):
                 if w.shape == own.shape and x.shape[:-1] == goal.shape[:-1] and (
                         x @ w.double().T - goal).norm() < 1e-4 * goal.norm():
                     read.setdefault(name, (other.removesuffix(".weight") + how, w.double()))
