@@ -486,5 +486,6 @@ def test_names_without_model_and_the_last_token_only_get_advice(judged):
     tensors = golden_tensors("plain")
     code, text = judged("plain", {n.removeprefix("model."): x for n, x in tensors.items()})
     assert code == 2 and "write `model.` before the names" in text and text.count("\n") == 1
-    code, text = judged("plain", {"lm_head": tensors["lm_head"][:, -1]})
+    last = {"lm_head": tensors["lm_head"][:, -1], "model.norm": tensors["model.norm"]}
+    code, text = judged("plain", last)
     assert code == 1 and "Write all of them, not only the last." in text
