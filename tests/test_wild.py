@@ -281,6 +281,8 @@ def test_a_chat_in_chatml_continues_from_what_was_generated(fine_tune, capsys, m
         assert list(chat.answer(text, 9)) == [400, 500, END]
         messages.append({"role": "assistant", "content": [400, 500]})
         assert chat.messages == messages and chat.ids == [*ids, 400, 500]
+    change_json(fine_tune / "config.json", eos_token_id=2)  # the mark ends an answer all the same
+    assert generate.load(fine_tune)[0].eos_ids == {2, END}
     change_json(fine_tune / "tokenizer_config.json", chat_template="{{ '<|user|>' }}")
     capsys.readouterr()
     assert generate.main([f"--model={fine_tune}", "--chat", "--prompt=Hi"]) == 1
@@ -343,6 +345,10 @@ def truncated(source):
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def end_that_is_no_id(source):
+    (source / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+
+
 def a_file(source):
     shutil.rmtree(source)
     source.write_text("")
@@ -367,6 +373,7 @@ REFUSALS = [
     (link_to_nothing, "download it again"), (truncated, "repeat it"),
     (joined_experts, "save_pretrained"), (wider_experts, "--dtype"),
     (eight_bits, "gptq" if generate.fast else "fast/int4.py"), (shutil.rmtree, "does not exist"),
+    (end_that_is_no_id, "'int' object"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
