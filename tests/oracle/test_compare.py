@@ -133,9 +133,10 @@ def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", sorted(golden.CASES))
 def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, judged):
-    """Also with weights that were rounded to float16 or bfloat16; ties may then break."""
+    """Weights that float16 rounds move one token of `window` beyond the limit; no cause is named."""
     code, text = judged(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
-    assert code == 0 or dtype.itemsize < 4, text
+    beyond = (case, dtype) == ("window", torch.float16) and "Cause:" not in text
+    assert code == 0 or beyond, text
 
 
 @pytest.mark.parametrize("case", sorted(golden.CASES))
