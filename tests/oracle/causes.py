@@ -1,39 +1,38 @@
 """What compare.py measures in a port's numbers, and the errors that it tries.
 
-Each function in GUESSES belongs to some quantities. It gets a Place, and the port's numbers if they
-differ in this very quantity, otherwise None. It yields pairs of a text and of what the port may
-compute instead: a function of a Place, or a dict of such functions if several quantities change.
-Whatever the numbers can tell is measured: positions, visible keys, the weights of a sum and so on.
-Nothing here is a verdict. compare.py proves a guess by computing with it.
+GUESSES lists, for some quantities, a table of rules or a function that measures. A rule is a text
+and what the port may compute instead, as a function of a Place. A measuring function gets a Place,
+and the port's numbers if they differ in this very quantity, otherwise None; it yields such rules,
+or dicts of them if several quantities change. Whatever the numbers can tell is measured: positions,
+visible keys, the weights of a sum and so on. Nothing here is a verdict. compare.py proves a guess
+by computing with it.
 """
 
 import itertools
 import math
+import re
 
 import torch
 from steps import (
     HALVES,
     LINEAR,
     NEIGHBOURS,
+    NORMS,
     STEPS,
-    MissingError,
-    Place,
-    Run,
     angles,
     calls_of,
     choose,
     chosen_logits,
-    expert_input,
     frequencies,
-    head_map,
     linear,
     mixed,
     mixture,
-    norm_input,
+    norm,
     positions,
     real,
     rotated,
     scores,
+    source,
     turn,
     unit,
     unrotated,
@@ -42,8 +41,6 @@ from steps import (
 from torch import Tensor
 from torch.nn import functional as F
 
-NORMS = "input_layernorm post_attention_layernorm norm"
-ROTATED, MOE = "q_rotated k_rotated", "block_sparse_moe"
 READ = "read from the numbers, "  # begins what no rule here describes
 
 
@@ -64,10 +61,8 @@ def spans(numbers):
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in groups) or "none"
 
 
-def instead(p, found, usual):
-    """Where numbers (B, S) read from the port differ from the usual ones, as text."""
-    return listed(f"{found[b, s]:g} instead of {usual[b, s]:g} at token {s} of row {b}"
-                  for b, s in (real(p) & (found != usual)).nonzero().tolist())
+def where(mask):
+    return mask.nonzero().squeeze(1).tolist()
 
 
 def nice(x):
@@ -85,178 +80,141 @@ def factor_names(c):
 
 def factors(p, theirs):
     """A constant factor, measured if the tensor itself differs."""
-    named, found = factor_names(p.config), {}
-    for name, x in named.items():
-        found[x] = f"{found[x]} or {name}" if x in found else f", which is {name}"
+    named = factor_names(p.config)
+    found = set(named.values()) if p.word in ("embed_tokens", "scores") else ()
     if theirs is not None:
         a, b = (x[p.plain().isfinite() & theirs.isfinite()] for x in (p.plain(), theirs))
-        x = ((a * b).sum() / a.square().sum()).item()
+        found = {((a * b).sum() / a.square().sum()).item()}
+    for x in found:
         same = [name for name, y in named.items() if abs(x / y - 1) < 1e-5]
-        found = {x: f", which is {' or '.join(same)}" if same else ""} if x != 1 else {}
-    elif p.word not in ("embed_tokens", "scores"):
-        return
-    for x, name in found.items():
-        yield (f"it is multiplied by {x:.{6 if abs(x - 1) > 1e-5 else 15}g}{name}",
-               lambda p, x=x: p.plain() * x)
+        yield (f"it is multiplied by {x:.{6 if abs(x - 1) > 1e-5 else 15}g}"
+               f"{', which is ' * bool(same)}{' or '.join(same)}", lambda p, x=x: p.plain() * x)
 
 
 # ------------------------------------------------------------------ embeddings, norms, products
 
 
 def embeddings(p, theirs):
-    """Rows of other token ids, or of another table."""
-    ids, table = p.run.trace.tensors["tokens"], p.weight()
+    """Rows of another table, or of other token ids."""
+    ids = p.run.trace.tensors["tokens"]
     yield "the rows of lm_head are used as embeddings", lambda p: p.weight("lm_head")[ids]
-    found = {f"the embedding of token id {n:+} is read": (ids + n) % len(table) for n in (1, -1)}
     if theirs is not None:
-        other = torch.cdist(theirs.flatten(0, 1), table).argmin(1).view(ids.shape)
-        found[f"{READ}the token ids are {instead(p, other, ids)}"] = other
-    for text, other in found.items():
-        yield (text,
-               lambda p, other=other: p.weight()[other])
+        found = torch.cdist(theirs.flatten(0, 1), p.weight()).argmin(1).view(ids.shape)
+        yield f"{READ}the token ids are {instead(p, found, ids)}", lambda p: p.weight()[found]
+
+
+def instead(p, found, usual):
+    """Where numbers (B, S) read from the port differ from the usual ones, as text."""
+    return listed(f"{found[b, s]:g} instead of {usual[b, s]:g} at token {s} of row {b}"
+                  for b, s in (real(p) & (found != usual)).nonzero().tolist())
+
+
+SCALES = {
+    "the mean is subtracted: LayerNorm instead of RMSNorm":
+        lambda x, eps: unit(x - x.mean(-1, keepdim=True), eps),
+    "the variance takes the place of the mean of squares":
+        lambda x, eps: x * (x.var(-1, correction=0, keepdim=True) + eps).rsqrt(),
+    "the norm divides by the mean of squares, without the root":
+        lambda x, eps: x / (x.square().mean(-1, keepdim=True) + eps),
+    "ε is added after the root instead of before it":
+        lambda x, eps: x / (x.square().mean(-1, keepdim=True).sqrt() + eps)}
 
 
 def norms(p, theirs):
     """A norm is a scaled input times a weight; either can differ."""
-    eps, last = p.config["rms_norm_eps"], p.word
-
-    def square(x):
-        return x.square().mean(-1, keepdim=True)
-    scales = {
-        "the mean is subtracted: LayerNorm instead of RMSNorm":
-            lambda x: unit(x - x.mean(-1, keepdim=True), eps),
-        "the variance, over D, takes the place of the mean of squares":
-            lambda x: x * (x.var(-1, correction=0, keepdim=True) + eps).rsqrt(),
-        "the variance, over D − 1, takes the place of the mean of squares":
-            lambda x: x * (x.var(-1, keepdim=True) + eps).rsqrt(),
-        "the norm divides by √(sum of squares) instead of √(mean of squares)":
-            lambda x: unit(x, eps) / math.sqrt(x.shape[-1]),
-        "the norm divides by the mean of squares, without the root":
-            lambda x: x / (square(x) + eps),
-        "ε is added after the root instead of before it": lambda x: x / (square(x).sqrt() + eps)}
+    yield "the norm is missing", source
+    yield "the weight of the norm is missing", lambda p: norm(p, weight=1.0)
+    yield "the norm multiplies by 1 + weight", lambda p: norm(p, weight=1 + p.weight())
+    yield "the norm reads the input of the layer", lambda p: unit(
+        p["stream"], p.config["rms_norm_eps"]) * p.weight()
+    for text, scale in SCALES.items():
+        yield text, lambda p, scale=scale: norm(p, scale)
     epsilons = [0.0, 1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 1e-2]
     if theirs is not None:
-        x = norm_input(p)
-        epsilons += nice(((x * p.norm_weight() / theirs).square() - square(x)).nanmedian().item())
-    scales |= {f"rms_norm_eps is {e:g}": lambda x, e=e: unit(x, e) for e in epsilons if e >= 0}
-    weights = {"the weight of the norm is missing": lambda p: 1.0,
-               "the norm multiplies by 1 + weight": lambda p: 1 + p.norm_weight()}
-    weights |= {f"the weight of {name.removesuffix('.weight')} is used": lambda p, w=w: w.double()
-                for name, w in p.run.trace.weights.items() if w.ndim == 1}
-    yield "the norm is missing", norm_input
-    for text, f in scales.items():
-        yield text, lambda p, f=f: f(norm_input(p)) * p.norm_weight()
-    for text, weight in weights.items():
-        yield text, lambda p, w=weight: unit(norm_input(p), eps) * w(p)
-    if last == "norm":
-        return
-    a, b = "input_layernorm", "post_attention_layernorm"
-    yield "the weights of the two norms of a layer are exchanged", {
-        a: lambda p: unit(norm_input(p), eps) * p.norm_weight(b),
-        b: lambda p: unit(norm_input(p), eps) * p.norm_weight(a)}
-    yield "the mixture reads the input of the layer, parallel to the attention", {
-        b: lambda p: unit(p["stream"], eps) * p.norm_weight()}
+        x = source(p)
+        measured = (x * p.weight() / theirs).square() - x.square().mean(-1, keepdim=True)
+        epsilons += nice(measured.nanmedian().item())
+    for eps in epsilons:
+        yield f"rms_norm_eps is {eps:g}", lambda p, eps=eps: unit(source(p), eps) * p.weight()
 
 
 def exchanged_sides(w):
     """The buffer of a weight, read with inputs and outputs exchanged."""
-    return w.reshape(w.shape[::-1]).T
+    return w.reshape(w.shape[::-1]).mT if w.ndim == 2 else w
 
 
 def products(p, theirs):
-    """Another weight or another input of linear layers."""
+    """Another input of a linear layer, or its buffer read with inputs and outputs exchanged."""
     yield ("the buffers of weights are read with inputs and outputs exchanged",
            lambda p: linear(p, exchanged_sides(p.weight())))
-    for n in range(p.config["num_hidden_layers"]) if p.word != "lm_head" else ():
-        yield f"the weight of layer {n} is used", lambda p, n=n: linear(p, p.weight(layer=n))
-    for source in ("stream", "residual", "input_layernorm", "post_attention_layernorm", "o_proj"):
-        yield f"the input is {source}", lambda p, s=source: from_stream(p, s)
-
-
-def expert_weights(p, theirs):
-    """The weights of a neighbouring expert."""
-    E = p.config["num_local_experts"]
-    for n in (1, -1):
-        yield (f"the weights of expert e {n:+} are used for expert e",
-               lambda p, n=n: linear(p, p.weight(expert=(p.expert + n) % E)))
-
-
-def from_stream(p, source):
-    """A linear layer with another input of width D."""
-    x = expert_input(p, source) if p.word in ("w1", "w3") else p[source]
-    return (x.flatten(0, 1) if p.word == "gate" else x) @ p.weight().T
+    for last in ("stream", "residual", "input_layernorm", "post_attention_layernorm", "o_proj"):
+        yield f"the input is {last}", lambda p, last=last: linear(p, x=source(p, last))
 
 
 def substitutes(p, theirs):
-    """For all linear layers of one kind, the weight or buffer that gives the port's numbers."""
+    """For each norm and linear layer, the weight or buffer that gives the port's numbers."""
     port, read = p.run.port, {}
-    alike = [n for n in port.tensors if Place(p.run, n).word == p.word]
-    for name in alike if theirs is not None else ():
-        others = {n: x for n, x in port.tensors.items() if n != name}
-        place = Place(Run(port._replace(tensors=others), {}, others), name)
-        try:
-            x, own, goal = LINEAR[p.word](place), place.weight(), port.tensors[name]
-        except (MissingError, RuntimeError, IndexError):
+    for name in port.tensors if theirs is not None else ():
+        place = p.run.place(name)
+        if place.word not in NORMS + LINEAR or place.inputs()[0] not in port.tensors:
             continue
+        x, goal, step = source(place), port.tensors[name], norm if place.word in NORMS else linear
         for other, weight in port.weights.items():
-            for how, w in (("", weight), (" transposed", weight.t() if weight.ndim < 3 else weight),
+            for how, w in (("", weight), (" transposed", weight.T if weight.ndim == 2 else weight),
                            (" with inputs and outputs exchanged", exchanged_sides(weight))):
-                if w.shape == own.shape and x.shape[:-1] == goal.shape[:-1] and (
-                        x @ w.double().T - goal).norm() < 1e-4 * goal.norm():
-                    read.setdefault(name, (other.removesuffix(".weight") + how, w.double()))
+                if w.shape == place.weight().shape and x.shape[:-1] == goal.shape[:-1]:
+                    some = slice(64) if step is linear else slice(None)  # of many outputs
+                    error = step(place, weight=w[some].double()) - goal[..., some]
+                    if error.norm() < 1e-4 * goal[..., some].norm():
+                        read.setdefault(name, (other.removesuffix(".weight") + how, w.double()))
     read = {name: found for name, found in read.items() if found[0] != name}
     if read:
         yield (READ + "other weights are used: " + listed(
-            f"that of {other} in {name}" for name, (other, _) in read.items()),
-            {name: lambda p, w=w: linear(p, w) for name, (_, w) in read.items()})
+            f"that of {short(other)} in {short(name)}" for name, (other, _) in read.items()),
+            {name: lambda p, w=w: (norm if p.word in NORMS else linear)(p, weight=w)
+             for name, (_, w) in read.items()})
 
 
-def exchanged(p, theirs):
-    """Two linear layers of equal shape in each other's place."""
-    for a, b in (("q_proj", "k_proj"), ("k_proj", "v_proj"), ("q_proj", "v_proj"), ("w1", "w3")):
-        if p.word in (a, b) and p.weight(a).shape == p.weight(b).shape:
-            yield f"{a} and {b} are exchanged", {
-                a: lambda p, b=b: linear(p, p.weight(b)), b: lambda p, a=a: linear(p, p.weight(a))}
+def short(name):
+    return re.sub(r"model\.|self_attn\.|block_sparse_moe\.", "", name)
 
 
-def head_rows(p, theirs):
-    """The rows of each head of q_proj and k_proj in another order."""
-    for text, shape in (("in Mistral's order, in which neighbours are pairs; convert the weights",
-                         (2, p.d // 2)), ("converted twice from Mistral's order", (p.d // 2, 2))):
-        yield (f"the rows of each head are {text}", lambda p, shape=shape: p.plain().unflatten(
-            -1, (-1, *shape)).transpose(-1, -2).flatten(-3))
-
-
-def head_outputs(p, theirs):
-    """The heads are joined in another order before o_proj."""
-    for text, dims in (("the heads are not transposed back: the rows of the heads follow one "
-                        "another", (1, 2)), ("o_proj reads the features of the heads in the order "
-                                             "d·H instead of H·d", (2, 3))):
-        yield text, lambda p, dims=dims: p["mixed"].transpose(*dims).reshape(
-            *p["mixed"].shape[:2], -1) @ p.weight().T
-
-
-def functions_of_logits(p, theirs):
-    yield "the logits are replaced by their softmax", lambda p: p.plain().softmax(-1)
-    yield "the logits are replaced by their log-softmax", lambda p: p.plain().log_softmax(-1)
-    yield from caps(p)
-
-
-def caps(p):
-    for c in (30.0, 50.0):
-        yield f"it is capped as {c:g}·tanh(x/{c:g})", lambda p, c=c: (
-            c * (p.plain() / c).tanh()).where(p.plain().isfinite(), p.plain())
+HEAD_ROWS = {
+    "the rows of each head are in Mistral's order, in which neighbours are pairs; convert the "
+    "weights": lambda p: NEIGHBOURS.put(*HALVES.take(p.plain().unflatten(-1, (-1, p.d)))).flatten(
+        -2),
+    "the rows of each head are converted twice from Mistral's order": lambda p: HALVES.put(
+        *NEIGHBOURS.take(p.plain().unflatten(-1, (-1, p.d)))).flatten(-2)}
+HEAD_OUTPUTS = {
+    "the heads are not transposed back: the rows of the heads follow one another":
+        lambda p: linear(p, x=p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1)),
+    "o_proj reads the features of the heads in the order d·H instead of H·d":
+        lambda p: linear(p, x=p["mixed"].transpose(2, 3).flatten(2))}
+LOGITS = {"the logits are replaced by their softmax": lambda p: p.plain().softmax(-1),
+          "the logits are replaced by their log-softmax": lambda p: p.plain().log_softmax(-1)}
+CAPS = {f"it is capped as {c:g}·tanh(x/{c:g})": lambda p, c=c: (c * (p.plain() / c).tanh()).where(
+    p.plain().isfinite(), p.plain()) for c in (30.0, 50.0)}
 
 
 # ------------------------------------------------------------------ rotation
 
 
-PAIRS = {"neighbours (2i, 2i + 1) are rotated as pairs instead of (i, i + d/2)":
-         (NEIGHBOURS, NEIGHBOURS),
-         "neighbours (2i, 2i + 1) are rotated as pairs and written to (i, i + d/2)":
-         (NEIGHBOURS, HALVES),
-         "pairs (i, i + d/2) are rotated and written to neighbours (2i, 2i + 1)":
-         (HALVES, NEIGHBOURS)}
+ROTATIONS = {
+    "heads are not rotated": unrotated,
+    "neighbours (2i, 2i + 1) are rotated as pairs instead of (i, i + d/2)":
+        lambda p: rotated(p, take=NEIGHBOURS, put=NEIGHBOURS),
+    "neighbours (2i, 2i + 1) are rotated as pairs and written to (i, i + d/2)":
+        lambda p: rotated(p, take=NEIGHBOURS),
+    "pairs (i, i + d/2) are rotated and written to neighbours (2i, 2i + 1)":
+        lambda p: rotated(p, put=NEIGHBOURS),
+    "only the first half of each head is rotated": lambda p: torch.cat(
+        (rotated(p, angles(p, frequency=frequencies(p, d=p.d // 2)), unrotated(p)[..., :p.d // 2]),
+         unrotated(p)[..., p.d // 2:]), -1),
+    "the second half has the wrong sign: b·cos − a·sin": lambda p: torch.cat(
+        (rotated(p).chunk(2, -1)[0], rotated(p, -angles(p)).chunk(2, -1)[1]), -1),
+    "cosine and sine are exchanged": lambda p: rotated(p, math.pi / 2 - angles(p)),
+    "cosine and sine are rounded to bfloat16": lambda p: turn(
+        unrotated(p), *(x.bfloat16().double() for x in (angles(p).cos(), angles(p).sin())))}
 
 
 def other_positions(p):
@@ -268,72 +226,42 @@ def other_positions(p):
     yield "positions start at 0 instead of the first position", at - first
     yield "rows continue the positions of the row before", at + lengths.cumsum(0) - lengths
     yield "positions are columns of rows padded on the left", at + lengths.max() - lengths
+    yield "positions are rounded to bfloat16", at.bfloat16().double()
     for calls in calls_of(p.run.trace):
-        how, start, later = f"with {calls.text}", calls.start, (calls.number > 0).double()
-        yield f"positions restart with each call, {how}", at - start
-        yield f"all tokens of a call get the position of its first one, {how}", start + first
+        how, start = f", with {calls.text}", calls.start
+        yield f"positions restart with each call{how}", at - start
+        yield f"all tokens of a call get the position of its first one{how}", start + first
         for n in (1, -1):
-            yield f"positions are shifted by {n:+} after the first call, {how}", at + n * later
+            yield f"positions are shifted by {n:+} after the first call{how}", at + n * (start > 0)
         for C in {p.W, p.W + calls.size - 1} if p.W else ():
-            yield f"slots are used as positions: p mod C, {how} and C = {C}", at % C
-    for dtype in (torch.bfloat16, torch.float16):
-        yield f"positions are rounded to {str(dtype)[6:]}", at.to(dtype).double()
-
-
-def other_angles(p):
-    """Rules for wrong angles, as (text, angles (B, S, 1, d/2))."""
-    usual, theta, x = angles(p), p.config["rope_theta"], torch.arange(0, p.d, 2).float() / p.d
-    yield "heads are rotated the other way, by −angle", -usual
-    yield "heads are rotated twice", 2 * usual
-    yield "cosine and sine are exchanged", math.pi / 2 - usual
-    yield "the exponent of the frequency is i/d instead of 2i/d", angles(
-        p, frequency=frequencies(p, math.sqrt(theta)))
-    for n in (2, 4, 8):
-        yield f"positions are divided by {n} (linear RoPE scaling)", usual / n
-    for other in sorted({1e4, 1e5, 5e5, 1e6} - {theta}):
-        yield f"rope_theta is {other:g}", angles(p, frequency=frequencies(p, other))
-    for how, f in (("θ^−x", torch.tensor(theta).float() ** -x), ("1/θ^x", 1 / theta ** x)):
-        yield f"angles are computed in float32 ({how})", (
-            positions(p).float()[..., None, None] * f).double()
+            yield f"slots are used as positions: p mod C{how} and C = {C}", at % C
 
 
 def rotations(p, theirs):
-    """Other pairs, positions or frequencies, by rule or read from the numbers."""
-    yield "heads are not rotated", unrotated
-    for text, (take, put) in PAIRS.items():
-        yield text, lambda p, take=take, put=put: rotated(p, take=take, put=put)
-    rules = [(text, angles(p, at)) for text, at in other_positions(p)]
-    for text, angle in itertools.chain(
-            rules, other_angles(p), () if theirs is None else read_angles(p, theirs)):
+    """Other positions or frequencies, by rule or read from the numbers."""
+    usual, theta = angles(p), p.config["rope_theta"]
+    found = [(text, angles(p, at)) for text, at in other_positions(p)]
+    for n in (-1, 2, 1 / 2, 1 / 4, 1 / 8):
+        found.append((f"angles are multiplied by {n:g}", n * usual))
+    for text, other in [("", 1e4), ("", 1e5), ("", 5e5), ("", 1e6), (
+            ", its root: the exponent of the frequency is i/d instead of 2i/d", math.sqrt(theta))]:
+        found.append((f"rope_theta is {other:g}{text}", angles(
+            p, frequency=frequencies(p, other))))
+    for text, angle in found + ([] if theirs is None else [*read_angles(p, theirs)]):
         yield text, lambda p, angle=angle: rotated(p, angle)
-    whole = frequencies(p, d=p.d * unrotated(p).shape[2]).view(-1, p.d // 2)
-    yield "only the first half of each head is rotated", lambda p: torch.cat(
-        (rotated(p, angles(p, frequency=frequencies(p, d=p.d // 2)), unrotated(p)[..., :p.d // 2]),
-         unrotated(p)[..., p.d // 2:]), -1)
-    yield "all heads are rotated as one vector of H·d features", lambda p: rotated(
-        p, angles(p, frequency=whole.flatten())[:, :, 0], unrotated(p).flatten(2)).view_as(
-            unrotated(p))
-    yield "the number of the head is used as position", lambda p: rotated(
-        p, torch.arange(len(whole)).double()[:, None] * frequencies(p))
-    yield "the second half has the wrong sign: b·cos − a·sin", lambda p: torch.cat(
-        (rotated(p).chunk(2, -1)[0], rotated(p, -angles(p)).chunk(2, -1)[1]), -1)
-    for dtype in (torch.bfloat16, torch.float16):
-        yield f"cosine and sine are rounded to {str(dtype)[6:]}", lambda p, dtype=dtype: turn(
-            unrotated(p), *(y.to(dtype).double() for y in (angles(p).cos(), angles(p).sin())))
-    if theirs is not None and unrotated(p).shape[2] > 1:  # so that another head confirms it
+    if theirs is not None:
         yield from read_table(p, theirs)
 
 
 def turns(p, theirs):
     """The factors, as complex numbers (B, S, heads, d/2), by which the port turned its pairs."""
-    x = unrotated(p)
-    mine, other = (torch.complex(*HALVES.take(y)) for y in (x, theirs.reshape(x.shape)))
+    mine, other = (torch.complex(*HALVES.take(x)) for x in (unrotated(p), theirs))
     best = mine.abs().argmax(2, keepdim=True)
     return other.gather(2, best) / mine.gather(2, best)
 
 
 def read_angles(p, theirs):
-    """Positions and frequencies by complex division."""
+    """Positions and frequencies by complex division, as (text, angles)."""
     z, at, f = turns(p, theirs), positions(p), frequencies(p)
     near = torch.arange(-2 * p.S, 2 * p.S + 1).double()
     tried = torch.cat((at[..., None] + near, near.expand(*at.shape, -1)), -1)
@@ -344,7 +272,7 @@ def read_angles(p, theirs):
         return
     step = (z[:, 1:] / z[:, :-1])[real(p)[:, 1:]].angle().nanmedian(0)[0][0]
     for n in nice((step[0] / f[0]).item()):
-        yield f"{READ}angles are multiplied by {n:g}", n * angles(p)
+        yield f"angles are multiplied by {n:g}", n * angles(p)
     for theta in nice(step[1].item() ** (-p.d / 2)) if len(f) > 1 and 0 < step[1] < 1 else ():
         yield f"rope_theta is {theta:g}", angles(p, frequency=frequencies(p, theta))
     text = ", ".join(f"{x:.6g}" for x in step.tolist())
@@ -355,47 +283,43 @@ def read_table(p, theirs):
     """All heads are turned alike, by angles that float32 could give."""
     table, angle = turns(p, theirs), angles(p)
     off = (table - torch.polar(torch.ones_like(angle), angle)).abs().nan_to_num()
-    if (off <= 4 * torch.finfo(torch.float32).eps * (1 + angle.abs())).all():
-        yield (f"angles are computed in float32, or cosines and sines rounded to it: all heads "
-               f"have the same, up to {off.max():.1g} from ours", lambda p: torch.view_as_real(
+    if unrotated(p).shape[2] > 1 and (  # so that another head confirms it
+            off <= 4 * torch.finfo(torch.float32).eps * (1 + angle.abs())).all():
+        yield ("angles are computed in float32, or cosines and sines are rounded to it",
+               lambda p: torch.view_as_real(
                    torch.complex(*HALVES.take(unrotated(p))) * table).mT.flatten(-2))
 
 
 # ------------------------------------------------------------------ scores, mask and softmax
 
 
-def masks(p):
+def other_masks(p):
     """Rules for wrong masks, as (text, mask (B, S, T)): from a first to a last key."""
     i = torch.arange(p.S).expand(len(p.run.trace.lengths), -1)
-    window = i - p.W + 1 if p.W else 0 * i
-    firsts, lasts = {}, {"": i, ", to the next token": i + 1, ", without its own key": i - 1,
-                         ", and later tokens": 0 * i + p.S}
-    if p.W:
-        firsts = {"there is no window": 0 * i} | {
-            f"the window is off by one: {p.W + n} keys": window - n for n in (1, -1)}
-    for text, last in list(lasts.items())[1:]:
-        yield f"queries see the keys of the window{text}", visible(p, window, last)
+    window, every = i - p.W + 1 if p.W else 0 * i, 0 * i + p.S
+    yield "there is no window", visible(p, 0 * i)
+    for n in (1, -1) if p.W else ():
+        yield f"the window is off by one: {p.W + n} keys", visible(p, window - n)
+    for text, last in ("to the next token", i + 1), ("without its own key", i - 1), (
+            "and later tokens", every):
+        yield f"queries see the keys of the window, {text}", visible(p, window, last)
     for calls in calls_of(p.run.trace):
-        how, start, end, number = f"with {calls.text}", calls.start, calls.end, calls.number
-        firsts[f"a call does not see the keys of earlier calls, {how}"] = start.maximum(window)
-        for C in range(max(calls.size, p.W), p.W + calls.size - 1) if p.W else ():
-            text = f"the rolling buffer is too small: {C} slots {how} lose keys that are needed"
-            firsts[text] = window.maximum(end - C)
-            firsts[f"the window is off by one in a buffer of {C} slots, {how}"] = (
-                window - 1).maximum(end - C)
-        yield f"queries see later tokens of the same call, {how}", visible(p, window, end - 1)
-        later = start.where(number > 0, 0 * i + p.S)
-        yield (f"calls after the first have no causal mask inside, {how}",
-               visible(p) | visible(p, later, end - 1))
-        yield f"all queries of a call use the mask of its first one, {how}", visible(p).gather(
+        how, start, end = f", with {calls.text}", calls.start, calls.end
+        yield f"a call does not see the keys of earlier calls{how}", visible(
+            p, start.maximum(window))
+        yield f"queries see later tokens of the same call{how}", visible(p, window, end - 1)
+        yield f"calls after the first have no causal mask inside{how}", visible(p) | visible(
+            p, start.where(start > 0, every), end - 1)
+        yield f"all queries of a call use the mask of its first one{how}", visible(p).gather(
             1, start.clamp(max=p.S - 1)[..., None].expand(-1, -1, p.S))
-        for C in {p.W, p.W + calls.size - 1} if p.W else ():
-            slot = torch.arange(p.S) % C
-            yield (f"slots are read as positions by the mask, {how} and {C} slots",
-                   visible(p, end - C, end - 1) & (slot <= i[..., None])
-                   & (slot > i[..., None] - p.W))
-    for text, first in firsts.items():
-        yield text, visible(p, first)
+        for C in range(max(calls.size, p.W), p.W + calls.size) if p.W else ():
+            first, slot, size = (end - C).maximum(window), torch.arange(p.S) % C, f"{C} slots{how}"
+            yield (f"the rolling buffer is too small: {size} lose keys that are needed",
+                   visible(p, first))
+            yield (f"the window is off by one in a buffer of {size}",
+                   visible(p, (end - C).maximum(window - 1)))
+            yield (f"slots are read as positions by the mask, {size}", visible(
+                p, end - C, end - 1) & (slot <= i[..., None]) & (slot >= window[..., None]))
 
 
 def attention_scores(p, theirs):
@@ -404,15 +328,14 @@ def attention_scores(p, theirs):
         p, q=p.heads("q_proj"), k=p.heads("k_proj"))
     yield "keys are used without their rotation, as if cached before it", lambda p: scores(
         p, k=p.heads("k_proj"))
-    seen = [] if theirs is None else read_mask(
-        p, theirs > theirs.amax(-1, keepdim=True) - 104)
-    yield "there is no mask: every query sees every token", unmasked
-    for text, mask in itertools.chain(masks(p), seen):
-        yield text, lambda p, mask=mask: scores(p, mask)
+    masks = [*other_masks(p), ("there is no mask: every query sees every token", None)]
+    if theirs is not None:
+        masks += read_mask(p, theirs > theirs.amax(-1, keepdim=True) - 104)
+    for text, mask in masks:
+        yield text, lambda p, mask=mask: unmasked(p) if mask is None else scores(p, mask)
     for calls in calls_of(p.run.trace):
         yield (f"keys are rotated again by every later call, with {calls.text}",
                lambda p, calls=calls: scores(p, k=rotated_again(p, calls)))
-    yield from caps(p)
     masked = None if theirs is None else p.plain().isneginf() & theirs.isfinite()
     if masked is not None and masked.any():
         for text, x in (("masked scores are", theirs), ("the mask adds", theirs - unmasked(p))):
@@ -423,7 +346,7 @@ def attention_scores(p, theirs):
 
 
 def unmasked(p):
-    return scores(p, torch.ones_like(visible(p)), padding=True)
+    return scores(p, hide=False)
 
 
 def rotated_again(p, calls):
@@ -438,45 +361,46 @@ def read_mask(p, seen):
     usual = p["scores"][:, 0] > -math.inf
     if (seen == seen[:, :1]).all():
         seen = seen[:, 0].where(real(p)[..., None], usual)
+        other = (seen != usual).any(-1).nonzero().tolist()
         keys = listed(f"query {i} of row {b} sees the keys {spans(where(seen[b, i]))} instead of "
-                      f"{spans(where(usual[b, i]))}" for b, i in where((seen != usual).any(-1)))
+                      f"{spans(where(usual[b, i]))}" for b, i in other)
         yield f"{READ}{keys}", seen
 
 
-def where(mask):
-    return mask.nonzero().squeeze(1).tolist()
+SOFTMAX = {
+    "the softmax has one more term e⁰ in its sum": lambda p: F.pad(
+        p["scores"], (0, 1)).softmax(-1)[..., :-1],
+    "the softmax runs over the queries instead of the keys": lambda p: p["scores"].softmax(-2),
+    "the exponential has base 2 instead of e": lambda p: (p["scores"] * math.log(2)).softmax(-1),
+    "the mask is applied after the softmax": lambda p: (
+        unmasked(p).softmax(-1) * visible(p)[:, None]),
+    "the exponentials are not divided by their sum": lambda p: (
+        p["scores"] - p["scores"].amax(-1, keepdim=True)).exp()}
+VALUES = {
+    "keys take the place of values": lambda p: mixed(p, p["k_rotated"]),
+    "values are rotated like keys": lambda p: mixed(p, rotated(p, x=p.heads("v_proj")))}
 
 
-def shares(p, theirs):
-    """Another softmax over the keys."""
-    yield "the softmax has one more term e⁰ in its sum", lambda p: torch.cat(
-        (p["scores"], torch.zeros_like(p["scores"][..., :1])), -1).softmax(-1)[..., :-1]
-    yield "the softmax runs over the queries instead of the keys", lambda p: p["scores"].softmax(-2)
-    yield "the exponential has base 2 instead of e", lambda p: (
-        p["scores"] * math.log(2)).softmax(-1)
-    yield "the mask is applied after the softmax", lambda p: (
-        unmasked(p).softmax(-1) * visible(p)[:, None])
-    yield "the exponentials are not divided by their sum", lambda p: (
-        p["scores"] - p["scores"].amax(-1, keepdim=True)).exp()
+def read_softmax(p, theirs):
     for text, mask in () if theirs is None else read_mask(p, theirs > 0):
         yield text, lambda p, mask=mask: scores(p, mask).softmax(-1)
 
 
-def mixed_values(p, theirs):
-    """Other values, or other keys that are visible."""
-    yield "keys take the place of values", lambda p: mixed(p, p["k_rotated"])
-    yield "values are rotated like keys", lambda p: mixed(p, rotated(p, x=p.heads("v_proj")))
+def read_values(p, theirs):
+    """The keys that are visible, or padding among them."""
     if theirs is not None and p.S <= 128:
         for text, mask in read_mask(p, read_range(p, theirs)[:, None]):
             yield text, {"scores": lambda p, mask=mask: scores(p, mask)}
+    if theirs is not None and p.layer == 0 and not real(p).all():
+        yield from read_padding(p, theirs)
 
 
 def read_range(p, theirs):
     """The range of keys (B, S, T) whose softmax gives each query's mixed values best."""
-    s = unmasked(p)
+    s, H = unmasked(p), p.config["num_attention_heads"]
     e = (s - s.amax(-1, keepdim=True)).exp().permute(3, 0, 2, 1)[..., None]  # (T, B, S, H, 1)
-    v = p.heads("v_proj")[:, :, head_map(p)].transpose(0, 1)[:, :, None]  # (T, B, 1, H, d)
-    start = torch.zeros_like(e[:1])
+    v = p.heads("v_proj").repeat_interleave(H // p.config["num_key_value_heads"], 2)
+    v, start = v.transpose(0, 1)[:, :, None], torch.zeros_like(e[:1])  # (T, B, 1, H, d)
     total, sums = (torch.cat((start * x[:1], x.cumsum(0))) for x in (e, e * v))
     usual, best = visible(p), (p.plain() - theirs).flatten(2).norm(dim=-1) / 4
     found = torch.stack((usual.int().argmax(-1), usual.sum(-1) + usual.int().argmax(-1)), -1)
@@ -488,73 +412,35 @@ def read_range(p, theirs):
     return (j >= found[..., :1]) & (j < found[..., 1:])
 
 
-def head_order(p, theirs):
-    """Query heads that share key/value heads in another order."""
-    text = "query head h uses key/value head h mod K instead of h // (H/K)"
-    changes = {"scores": lambda p: scores(p, modulo=True), "mixed": lambda p: mixed(p, modulo=True)}
-    yield text, changes
-    for last, change in changes.items():
-        yield f"{text}, in {last} only", {last: change}
+def read_padding(p, theirs):
+    """The share of each query that went to the value of the token id 0, which pads."""
+    x = unit(p.weight("embed_tokens")[0], p.config["rms_norm_eps"]) * p.weight("input_layernorm")
+    H, K = p.config["num_attention_heads"], p.config["num_key_value_heads"]
+    v = (p.weight("v_proj") @ x).view(K, p.d).repeat_interleave(H // K, 0)
+    way = v - p.plain()
+    share = ((theirs - p.plain()) * way).sum(-1, keepdim=True) / way.square().sum(-1, keepdim=True)
+    yield (f"{READ}the padding is not masked: queries mix in the value of token id 0", lambda p:
+           p.plain() + share * (v - p.plain()))
 
 
-def left_padding(p, theirs):
-    """The padding of each call is on the left and is not masked."""
-    t = p.run.trace
-    lengths, S = torch.tensor(t.lengths), p.S
-    if len(set(t.lengths)) > 1:
-        [calls] = calls_of(t) if t.calls else [None]
-        width = calls.end - calls.start if calls else lengths[:, None].expand(-1, S)
-        number = calls.number if calls else torch.zeros(len(lengths), S, dtype=torch.long)
-        sizes = [int(width[real(p) & (number == n)].max()) for n in range(
-            int(number[real(p)].max()) + 1)]
-        ends = torch.tensor(sizes).cumsum(0)[number.clamp(max=len(sizes) - 1)]
-        start = calls.start if calls else 0
-        column = (ends - width + torch.arange(S) - start).clamp(0, sum(sizes) - 1)
-        for by_column in (True, False):
-            yield ("each call is padded on the left, and the padding is not masked; positions "
-                   f"count {'columns' if by_column else 'tokens'}",
-                   Moved(t, column, sum(sizes), real(p), by_column))
+HEADS = {"query head h uses key/value head h mod K instead of h // (H/K)": lambda p: (
+    scores if p.word == "scores" else mixed)(p, modulo=True)}
 
 
-class Moved(Run):
-    """A Run over wider rows, in which token s of our row b stands at column[b, s]."""
-
-    def __init__(self, trace, column, width, real, by_column):
-        ids, B = trace.tensors["tokens"], len(column)
-        tokens, at = torch.zeros(2, B, width, dtype=torch.long)
-        for b in range(B):
-            tokens[b, column[b, real[b]]] = ids[b, real[b]]
-            at[b, column[b, real[b]]] = torch.arange(int(real[b].sum())) + trace.first_position
-        super().__init__(trace._replace(
-            tensors={"tokens": tokens}, lengths=[width] * B, calls=None, chunk=width,
-            positions=None if by_column else at))
-        self.column = column
-
-    def reach(self, name):
-        x, B, last = super().reach(name), len(self.column), Place(self, name).word
-        if last in ("scores", "probabilities", "tokens", "w1", "w3", "hidden", "w2"):
-            raise MissingError(name)
-        flat = last in ("gate", "chosen", "weights")
-        rows = (x.unflatten(0, (B, -1)) if flat else x)[torch.arange(B)[:, None], self.column]
-        return rows.flatten(0, 1) if flat else rows
-
-
-# ------------------------------------------------------------------ residual stream
+# ------------------------------------------------------------------ sums
 
 
 def sums(p, theirs):
     """a·x + b·y for two parts that a port may add."""
-    y, normed = ("o_proj", "input_layernorm") if p.word == "residual" else (
-        MOE, "post_attention_layernorm")
-    x = "stream" if p.word == "residual" else "residual"
-    pairs = list(itertools.combinations(dict.fromkeys((x, y, normed, "stream", "o_proj")), 2))
-    for a, b in pairs:
-        factors = [(1, 1), (1, 0), (0, 1), (2, 1), (1, 2)]
+    x, y, normed = ("stream", "o_proj", "input_layernorm") if p.word == "residual" else (
+        "residual", "block_sparse_moe", "post_attention_layernorm")
+    for a, b in itertools.combinations(dict.fromkeys((x, y, normed, "stream", "o_proj")), 2):
+        found = [(1, 1), (1, 0), (0, 1), (2, 1), (1, 2)]
         if theirs is not None and theirs.isfinite().all():
             parts = torch.stack([p[a].flatten(), p[b].flatten()], 1)
             fit = torch.linalg.lstsq(parts, theirs.reshape(-1, 1)).solution[:, 0].tolist()
-            factors = [[f if abs(f - round(f, 3)) > 1e-5 else round(f, 3) + 0.0 for f in fit]]
-        for f, g in factors:
+            found = [[f if abs(f - round(f, 3)) > 1e-5 else round(f, 3) + 0.0 for f in fit]]
+        for f, g in found:
             yield (f"it is {f:g}·{a} + {g:g}·{b} instead of {x} + {y}",
                    lambda p, a=a, b=b, f=f, g=g: f * p[a] + g * p[b])
 
@@ -569,20 +455,19 @@ def choices(p, theirs):
         E - 1 - choose(p, p["gate"].flip(1))).where(real(p).view(-1, 1), -1)
     yield "the experts with the largest absolute logits are chosen", lambda p: choose(
         p, p["gate"].abs())
-    ranks = {f"{n} experts per token are chosen": list(range(n)) for n in (A + 1, A - 1, 1, 2)}
+    yield "the ids of experts are counted from 1", lambda p: p.plain() + 1
+    ranks = {f"{n} experts per token are chosen": list(range(n)) for n in (A + 1, A - 1, 1)}
     ranks["the experts with the smallest logits are chosen"] = list(range(E))[:-A - 1:-1]
     if theirs is not None:
         order = p["gate"].sort(dim=-1, descending=True, stable=True)[1].argsort(-1)
-        own = theirs.long().reshape(len(order), -1)
-        ok = real(p).flatten() & ((own >= 0) & (own < E)).all(1)
-        found = order[ok].gather(1, own[ok])[:1].flatten().tolist()
+        ok = real(p).flatten() & ((theirs >= 0) & (theirs < E)).all(1)
+        found = order[ok].gather(1, theirs[ok])[:1].flatten().tolist()
         ranks[f"{READ}the experts with the ranks {listed(found, 9)}, from 0, are chosen"] = found
-        usual, used = (set().union(*(x.flatten().tolist() for n, x in side.tensors.items()
-                                     if n.endswith("chosen")))
-                       for side in (p.run.trace, p.run.port))
-        never = torch.tensor(sorted(usual - used - {-1})).long()
-        yield f"the experts {spans(never.tolist())} are never chosen", lambda p: choose(
-            p, p["gate"].index_fill(1, never, -math.inf))
+        used = [x.flatten() for n, x in p.run.port.tensors.items() if n.endswith("chosen")]
+        never = torch.tensor(sorted({*range(E)} - {*torch.cat(used).tolist()})).long()
+        if len(never):
+            yield f"the experts {spans(never.tolist())} are never chosen", lambda p: choose(
+                p, p["gate"].index_fill(1, never, -math.inf))
     for text, which in ranks.items():
         if which and len(which) <= E and which != list(range(A)):
             yield text, lambda p, which=which: choose(p, p["gate"], which)
@@ -592,19 +477,26 @@ def over_all(p):
     return p["gate"].softmax(-1).gather(1, p["chosen"].clamp(min=0))
 
 
-def routing_weights(p, theirs):
-    """Another function of the logits of the chosen experts."""
-    yield from {
-        "renormalisation is missing: a softmax over all experts": over_all,
-        "logits are used without a softmax": chosen_logits,
-        "all weights are 1/A": lambda p: torch.ones_like(p.plain()) / p.plain().shape[1],
-        "a sigmoid takes the place of the softmax": lambda p: chosen_logits(p).sigmoid(),
-        "a normalised sigmoid takes the place of the softmax":
-            lambda p: F.normalize(chosen_logits(p).sigmoid(), p=1, dim=1),
-        "the softmax is taken twice": lambda p: p.plain().softmax(-1),
-        "logits are divided by their sum instead of a softmax":
-            lambda p: chosen_logits(p) / chosen_logits(p).sum(-1, keepdim=True),
-        "the weights of the experts are in reverse order": lambda p: p.plain().flip(1)}.items()
+def by_rank(p, x):
+    """Numbers in order of rank, for experts in order of their numbers."""
+    return x.gather(1, p["chosen"].argsort(1).argsort(1))
+
+
+BY_RANK = "the outputs in order of the experts are combined with weights in order of rank"
+WEIGHTS = {
+    "renormalisation is missing: a softmax over all experts": over_all,
+    "logits are used without a softmax": chosen_logits,
+    "all weights are 1/A": lambda p: torch.ones_like(p.plain()) / p.plain().shape[1],
+    "a sigmoid takes the place of the softmax": lambda p: chosen_logits(p).sigmoid(),
+    "a normalised sigmoid takes the place of the softmax":
+        lambda p: F.normalize(chosen_logits(p).sigmoid(), p=1, dim=1),
+    "the softmax is taken twice": lambda p: p.plain().softmax(-1),
+    "the weights of the experts are in reverse order": lambda p: p.plain().flip(1),
+    BY_RANK: lambda p: by_rank(p, p.plain())}
+
+
+def read_temperature(p, theirs):
+    """A factor of the logits before the softmax."""
     if theirs is not None and p.plain().shape[1] > 1:
         x = chosen_logits(p)
         slope = ((theirs[:, 0] / theirs[:, -1]).log() / (x[:, 0] - x[:, -1])).nanmedian().item()
@@ -613,79 +505,63 @@ def routing_weights(p, theirs):
                 chosen_logits(p) * t).softmax(-1)
 
 
-def by_rank(p, theirs):
-    """Weights in order of rank beside experts in order of their numbers."""
-    def moved(p, x):
-        return x.gather(1, p["chosen"].argsort(1).argsort(1))
-    text = "the outputs in order of the experts are combined with weights in order of rank"
-    yield text, {"weights": lambda p: moved(p, p.plain())}
-    yield text, {MOE: lambda p: mixture(p, moved(p, p["weights"]))}
-
-
 def unweighted(p):
     return mixture(p, torch.ones_like(p["weights"]))
 
 
 def weight_inside(p, theirs):
     """The routing weight inside an expert, and perhaps also in the sum."""
-    words, text = {"w1": (("w1", "w3"), "multiplies the input of the expert"),
-                   "w3": (("w1", "w3"), "multiplies the input of the expert"),
-                   "hidden": (("hidden",), "is inside `hidden`"),
-                   "w2": (("w2",), "multiplies the output of w2")}[p.word]
+    words = ("w1", "w3") if p.word in ("w1", "w3") else (p.word,)
     inside = dict.fromkeys(words, lambda p: p.plain() * p.routing_weights())
-    yield f"the routing weight {text} instead of the terms of the sum", inside | {MOE: unweighted}
-    yield f"the routing weight {text} and also the terms of the sum", inside
+    text = f"the routing weight multiplies {' and '.join(words)}"
+    yield f"{text} instead of the terms of the sum", inside | {"block_sparse_moe": unweighted}
+    yield f"{text} and also the terms of the sum", inside
 
 
 ACTIVATIONS = {
-    "gelu": F.gelu, "gelu with tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "x·sigmoid(1.702·x)": lambda g: g * (1.702 * g).sigmoid(), "relu": torch.relu,
-    "relu²": lambda g: g.relu().square(), "a sigmoid": torch.sigmoid, "tanh": torch.tanh,
-    "softplus": F.softplus, "mish": F.mish, "elu": F.elu, "hardswish": F.hardswish,
-    "leaky relu": F.leaky_relu, "the identity": lambda g: g}
+    "silu": F.silu, "gelu": F.gelu, "gelu with tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu": torch.relu, "relu²": lambda g: g.relu().square(), "a sigmoid": torch.sigmoid,
+    "tanh": torch.tanh, "the identity": lambda g: g}
+ARRANGEMENTS = {"{} takes the place of silu": lambda g, u, f: f(g) * u,
+                "{} is applied to w3·x instead of w1·x": lambda g, u, f: f(u) * g,
+                "{} is applied to the product of w1·x and w3·x": lambda g, u, f: f(g * u),
+                "{} is not multiplied by w3·x": lambda g, u, f: f(g),
+                "{} is multiplied by w3·x + 1": lambda g, u, f: f(g) * (u + 1)}
 
 
 def activations(p, theirs):
     """Another function f in f(w1·x) ⊙ w3·x, or another arrangement of the two."""
-    for name, f in ACTIVATIONS.items():
-        yield f"{name} takes the place of silu", lambda p, f=f: f(p["w1"]) * p["w3"]
-    arrangements = {"{} is applied to w3·x instead of w1·x": lambda g, u, f: f(u) * g,
-                    "{} is applied to the product of w1·x and w3·x": lambda g, u, f: f(g * u),
-                    "{} is not multiplied by w3·x": lambda g, u, f: f(g),
-                    "{} is multiplied by w3·x + 1": lambda g, u, f: f(g) * (u + 1)}
-    named = {"silu": F.silu} | (ACTIVATIONS if theirs is not None else {})
-    for (text, how), (name, f) in itertools.product(arrangements.items(), named.items()):
+    named = dict(ACTIVATIONS)
+    if theirs is not None:  # f(g) = g·sigmoid(βg) with any β
+        beta = ((theirs / p["w3"] / p["w1"]).logit() / p["w1"]).nanmedian().item()
+        named |= {f"x·sigmoid({b:g}·x)": lambda g, b=b: g * (b * g).sigmoid() for b in nice(beta)}
+    for (text, how), (name, f) in [*itertools.product(ARRANGEMENTS.items(), named.items())][1:]:
         yield text.format(name), lambda p, how=how, f=f: how(p["w1"], p["w3"], f)
 
 
-def combinations(p, theirs):
-    """Other routing weights, rows or experts in the sum."""
-    first = torch.arange(p["weights"].shape[1]) == 0
-    yield from {
-        "the outputs of the experts are added without weights": unweighted,
-        "the weights of a softmax over all experts are used": lambda p: mixture(p, over_all(p)),
-        "only the first expert is used": lambda p: mixture(p, first * torch.ones_like(
-            p["weights"])),
-        "only the first expert is used, with its weight": lambda p: mixture(
-            p, first * p["weights"]),
-        "the weights are applied twice": lambda p: mixture(p, p["weights"].square()),
-        "the outputs are combined with the weights in reverse order":
-            lambda p: mixture(p, p["weights"].flip(1)),
-        "row r of an expert is combined with the weight of token r": lambda p: mixture(
-            p, source=lambda token: torch.arange(len(token))),
-        "the rows of an expert are added to tokens 0, 1, 2, …": lambda p: mixture(
-            p, target=lambda token: torch.arange(len(token))),
-        "the output of an expert overwrites that of earlier ones":
-            lambda p: mixture(p, add=Tensor.index_copy_),
-        "all experts are used, weighted by a softmax over all": lambda p: torch.einsum(
-            "ne,ned->nd", p["gate"].softmax(-1), all_outputs(p)).view_as(p["residual"])}.items()
-    for c in range(1, int(p["chosen"].flatten().clamp(min=0).bincount().max())):
-        for text, by_rank in (("the first ones", 0), ("first choices first", 1)):
-            yield (f"an expert takes no more than {c} tokens, {text}; others are dropped",
-                   lambda p, c=c, by_rank=by_rank: mixture(p, keep=lambda token, rank: (
-                       by_rank * rank * len(p["chosen"]) + token).argsort().argsort() < c))
-    if theirs is not None and theirs.isfinite().all():
-        yield from read_combination(p, theirs)
+def first_only(p):
+    return torch.arange(p["weights"].shape[1]) == 0
+
+
+MIXTURES = {
+    "the outputs of the experts are added without weights": unweighted,
+    "the weights of a softmax over all experts are used": lambda p: mixture(p, over_all(p)),
+    "only the first expert is used": lambda p: mixture(p, 1.0 * first_only(p).expand_as(
+        p["weights"])),
+    "only the first expert is used, with its weight": lambda p: mixture(
+        p, first_only(p) * p["weights"]),
+    "the weights are applied twice": lambda p: mixture(p, p["weights"].square()),
+    "the outputs are combined with the weights in reverse order":
+        lambda p: mixture(p, p["weights"].flip(1)),
+    BY_RANK: lambda p: mixture(p, by_rank(p, p["weights"])),
+    "row r of an expert is combined with the weight of token r": lambda p: mixture(
+        p, origin=lambda token: torch.arange(len(token))),
+    "the rows of an expert are added to tokens 0, 1, 2, …": lambda p: mixture(
+        p, target=lambda token: torch.arange(len(token))),
+    "the output of an expert overwrites that of earlier ones":
+        lambda p: mixture(p, add=Tensor.index_copy_),
+    "all experts are used, weighted by a softmax over all": lambda p: torch.einsum(
+        "ne,ned->nd", p["gate"].softmax(-1), all_outputs(p)).view_as(p["residual"])}
 
 
 def all_outputs(p):
@@ -695,31 +571,33 @@ def all_outputs(p):
                         @ p.weight("w2", e).T for e in range(p.config["num_local_experts"])], 1)
 
 
-def read_combination(p, theirs):
+def read_mixture(p, theirs):
     """The weights of all experts in the port's sum, fitted for each token."""
+    if theirs is None or not theirs.isfinite().all() or (
+            p.config["num_local_experts"] >= p.config["hidden_size"]):
+        return
     outputs, chosen = all_outputs(p), p["chosen"]
     usual = torch.zeros_like(p["gate"]).scatter_(
         1, chosen.clamp(min=0), p["weights"] * (chosen >= 0))
-    if outputs.shape[1] < outputs.shape[2]:
-        found = torch.linalg.lstsq(outputs.mT, theirs.reshape(len(usual), -1, 1)).solution[..., 0]
-        found = found.where((found - usual).abs() > 1e-4, usual)
-        text = listed(f"{found[n, e]:.4g} instead of {usual[n, e]:.4g} for expert {e} at token "
-                      f"{n % p.S}" for n, e in (found != usual).nonzero().tolist())
-        yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(
-            "ne,ned->nd", found, outputs).view_as(p["residual"])
+    found = torch.linalg.lstsq(outputs.mT, theirs.reshape(len(usual), -1, 1)).solution[..., 0]
+    found = found.where((found - usual).abs() > 1e-4, usual).where(found.abs() > 1e-12, 0.0)
+    text = listed(f"{found[n, e]:.4g} instead of {usual[n, e]:.4g} for expert {e} at token "
+                  f"{n % p.S}" for n, e in (found != usual).nonzero().tolist())
+    yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(
+        "ne,ned->nd", found, outputs).view_as(p["residual"])
 
 
 GUESSES = [  # the quantities, and what is guessed about them
-    ("embed_tokens", embeddings), (NORMS, norms),
-    *((name, guess) for name in LINEAR for guess in (products, substitutes)),
-    ("q_proj k_proj v_proj", products),
-    ("gate w1 w3", products), (" ".join(LINEAR), products), ("w1 w3 w2", expert_weights),
-    *((name, exchanged) for name in ("q_proj", "k_proj", "w1")), ("q_proj k_proj", head_rows),
-    ("o_proj", head_outputs), ("gate lm_head", functions_of_logits), (ROTATED, rotations),
-    ("scores", attention_scores), ("scores mixed", head_order),
-    ("probabilities", shares), ("mixed", mixed_values), ("residual", sums), ("layer", sums),
-    ("chosen", choices), ("weights", routing_weights), ("weights block_sparse_moe", by_rank),
+    ("embed_tokens", embeddings), (" ".join(NORMS), norms),
+    *((words, products) for words in (*LINEAR, "q_proj k_proj v_proj", "gate w1 w3")),
+    *((last, substitutes) for last in NORMS + LINEAR),
+    ("q_proj k_proj", HEAD_ROWS), ("o_proj", HEAD_OUTPUTS), ("gate lm_head", LOGITS),
+    ("gate lm_head scores", CAPS), ("q_rotated k_rotated", ROTATIONS),
+    ("q_rotated k_rotated", rotations), ("scores", attention_scores), ("scores mixed", HEADS),
+    ("probabilities", SOFTMAX), ("probabilities", read_softmax), ("mixed", VALUES),
+    ("mixed", read_values), ("residual", sums), ("layer", sums), ("chosen", choices),
+    ("weights", WEIGHTS), ("weights", read_temperature),
     *((name, weight_inside) for name in ("w1", "hidden", "w2")), ("hidden", activations),
+    ("block_sparse_moe", MIXTURES), ("block_sparse_moe", read_mixture),
     *((name, factors) for name in STEPS if name not in ("chosen", "tokens")),
-    ("q_proj k_proj v_proj", factors), (MOE, combinations),
-    ("q_rotated k_rotated mixed", left_padding)]
+    ("q_proj k_proj v_proj", factors), (" ".join(NORMS), factors)]

@@ -10,13 +10,13 @@ import re
 import torch
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import Trace, parse
+from steps import NORMS, Run, Trace, parse, source, unit
 
 from mixtral import read_weights
 
 JUMP = 16
+SLACK = {torch.bfloat16: 8, torch.float16: 16}  # units in the last place; 64 for others
 NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
-REDUNDANT = ("margin", "tokens")  # they follow from the logits and the choice
 
 
 class IncomparableError(Exception):
@@ -33,7 +33,10 @@ def read_file(path):
 
 
 def read_trace(path, model, chunk):
-    """Our side, with the weights of the golden file or of the directory `model`, and its order."""
+    """Our side in float64, its order and its dtype.
+
+    The weights are those of the golden file or of the directory `model`.
+    """
     metadata, tensors = read_file(path)
     found = metadata.get("format"), metadata.get("version")
     if found != ("mixtral-trace", "1"):
@@ -45,11 +48,24 @@ def read_trace(path, model, chunk):
     except ValueError as error:
         raise IncomparableError(str(error)) from None
     B, S = tensors["tokens"].shape
+    tensors = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
     trace = Trace(tensors, json.loads(metadata["config"]), weights,
                   chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
                   json.loads(metadata.get("lengths", "null")) or [S] * B,
                   None if chunk else json.loads(metadata.get("calls", "null")))
-    return trace, [name for name, *_ in json.loads(metadata["order"])]
+    weights |= {} if weights else norm_weights(trace)
+    order = [name for name, *_ in json.loads(metadata["order"])]
+    return trace, order, getattr(torch, metadata["dtype"])
+
+
+def norm_weights(trace):
+    """The weights of the norms as they follow from inputs and outputs, for a trace without any."""
+    run, found = Run(trace), {}
+    for name in trace.tensors:
+        if word(name) in NORMS and run.place(name).inputs()[0] in trace.tensors:
+            x, y = unit(source(run.place(name)), trace.config["rms_norm_eps"]), run[name]
+            found[f"{name}.weight"] = (x * y).sum((0, 1)) / x.square().sum((0, 1))
+    return found
 
 
 def layer_of(name):
@@ -83,44 +99,35 @@ def as_rows(x, letters):
 def row_errors(ours, theirs):
     """The error of each row. A score that the softmax turns into 0 counts as −∞."""
     ours, theirs = ours.flatten(1), theirs.flatten(1)
-    masked, wrong = ours.isneginf(), None
-    if masked.any():
-        hidden = masked & (theirs <= theirs.amax(1, keepdim=True) - NEGLIGIBLE)
-        ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
-        wrong = (masked & ~hidden).any(1)
+    masked = ours.isneginf()
+    hidden = masked & (theirs <= theirs.amax(1, keepdim=True) - NEGLIGIBLE)
+    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
     sizes = ours.norm(dim=1)
-    usual = sizes.nanmedian().clamp(min=1e-300)
-    found = (ours - theirs).norm(dim=1) / sizes.maximum(usual)
-    found = found if wrong is None else found.masked_fill(wrong, math.inf)
-    return found.nan_to_num(math.inf, math.inf)
+    found = (ours - theirs).norm(dim=1) / sizes.maximum(sizes.nanmedian().clamp(min=1e-300))
+    return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
 
 
 class Pair:
-    """Both traces. What theirs has under other names is renamed."""
+    """Both traces: `theirs` as the port wrote it, `port` in our shapes and order in float64."""
 
     def __init__(self, args, names):
-        self.trace, self.order = read_trace(args.ours, args.model, args.chunk)
+        self.trace, self.order, dtype = read_trace(args.ours, args.model, args.chunk)
         self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
-        self.theirs = {names.get(name, name): x for name, x in found.items()}
+        theirs = {names.get(name, name): x for name, x in found.items()}
         self.S = self.ours["tokens"].shape[1]
         self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
-        self.theirs |= {name: self.unpacked(name, x) for name, x in self.theirs.items()
-                        if name in self.ours and len(self.real) > self.real.sum()}
-        self.shared = [name for name in self.order if name in self.theirs
-                       and name != "tokens" and word(name) != "margin"]
-        self.check_names(args.theirs, found)
-        self.check_tokens()
-        self.undone = set()  # rows of experts that are in our order, after a layout was undone
-        floats = [x.dtype for name in self.shared for x in (self.ours[name], self.theirs[name])
-                  if x.is_floating_point()]
-        self.dtype = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+        self.port = self.trace._replace(tensors={"tokens": self.ours["tokens"]})
+        self.adopt(theirs)
+        self.check(args.theirs, found)
+        dtypes = [x.dtype for x in map(self.theirs.get, self.shared) if x.is_floating_point()]
+        self.dtype = max(dtypes + [dtype], key=lambda dtype: torch.finfo(dtype).eps)
         self.epsilon = torch.finfo(self.dtype).eps
         # Two correct ways to compute an angle in float64 differ by its rounding error.
         angle = torch.finfo(torch.float64).eps * (self.trace.first_position + self.S)
-        self.rounding = (64 if self.dtype.itemsize >= 4 else 8) * self.epsilon + angle
+        self.rounding = SLACK.get(self.dtype, 64) * self.epsilon + angle
 
-    def check_names(self, path, found):
-        """Raises IncomparableError if no name is ours, or if many are but for their beginning."""
+    def check(self, path, found):
+        """Raises IncomparableError if the names or the tokens are not ours."""
         short = [name for name in found if f"model.{name}" in self.order]
         if short:
             raise IncomparableError(f"{path}: {min(short)} is our model.{min(short)}; write "
@@ -129,129 +136,98 @@ class Pair:
             raise IncomparableError(
                 f"{path}: has none of our names, such as {self.order[1]}; it has "
                 f"{', '.join(sorted(found)[:3])}; map its names with --names")
+        ours, theirs = (side.get("tokens", self.ours["tokens"]).flatten().tolist()
+                        for side in (self.ours, self.theirs))
+        if theirs != ours:
+            raise IncomparableError(f"the tokens differ: ours {ours}, theirs {theirs}")
+
+    # ------------------------------------------------------------------ theirs in our form
+
+    def adopt(self, theirs, at=""):
+        """Read a file of theirs; what begins with `at` and fits comes into the port's trace."""
+        self.theirs = theirs
+        self.shared = [name for name in self.order if name in theirs
+                       and name != "tokens" and word(name) != "margin"]
+        found = {name: self.own(name, theirs[name]) for name in self.shared if at in name}
+        kept = {name: x for name, x in self.port.tensors.items() if not at or at not in name}
+        self.port = self.trace._replace(tensors=kept | {"tokens": self.ours["tokens"]} | {
+            name: x.double() if x.is_floating_point() else x.long()
+            for name, x in found.items() if x is not None})
+
+    def own(self, name, x):
+        """One tensor of theirs in our form, or None. A token may have more experts than ours."""
+        if axes(name)[0] == "R":
+            return self.takers(name) if word(name) == "tokens" else self.expert_rows(name, x)
+        x = self.unpacked(name, x)
+        if word(name) not in ("chosen", "weights"):
+            return reshaped(x, self.ours[name])
+        if x.numel() % len(self.real):
+            return None
+        x = x.reshape(len(self.real), -1)
+        return x.where(self.real[:, None], -1) if word(name) == "chosen" else x
 
     def unpacked(self, name, x):
         """A quantity whose rows are packed, without padding, with padding; others as they are."""
-        ours, letters = self.ours[name], axes(name)
-        if "T" in letters or letters[0] == "R" or name == "tokens":
-            return x
-        rest = ours.shape[1 + (letters[0] == "B"):]
-        if x.numel() != self.real.sum() * math.prod(rest):
+        shape, flat = self.ours[name].shape, axes(name)[0] == "N"
+        rest = shape[1 if flat else 2:]
+        if "T" in axes(name) or self.real.all() or x.numel() != self.real.sum() * math.prod(rest):
             return x
         full = x.new_zeros(len(self.real), *rest)
         full[self.real] = x.reshape(-1, *rest)
-        return full.reshape(ours.shape)
-
-    def check_tokens(self):
-        ours, theirs = (side.get("tokens") for side in (self.ours, self.theirs))
-        if theirs is not None and theirs.flatten().tolist() != ours.flatten().tolist():
-            raise IncomparableError(f"the tokens differ: ours {ours.flatten().tolist()}, theirs "
-                                    f"{theirs.flatten().tolist()}")
-
-    def sibling(self, name, last, run=None):
-        """A quantity of the router in theirs, in the shape of ours or of the run's, or None."""
-        at = name.partition("block_sparse_moe")[0] + f"block_sparse_moe.{last}"
-        theirs = self.theirs.get(at)
-        return None if theirs is None else reshaped(theirs, (run or self.ours)[at])
+        return full.reshape(shape)
 
     def takers(self, name):
-        """The real tokens that chose the expert of a quantity by `chosen` in theirs, or None."""
-        chosen = self.theirs.get(name.partition("experts")[0] + "chosen")
-        if chosen is None or chosen.numel() % len(self.real):
+        """The tokens of an expert: those that chose it, or else those in theirs, or else ours."""
+        at, expert = name.rpartition("experts")[0], parse(name)[2]
+        chosen, tokens = self.theirs.get(at + "chosen"), f"{at}experts.{expert}.tokens"
+        if chosen is not None and chosen.numel() % len(self.real) == 0:
+            chosen = self.unpacked(at + "chosen", chosen).reshape(len(self.real), -1)
+            return ((chosen == expert).any(1) & self.real).nonzero()[:, 0]
+        return self.numbered(self.theirs.get(tokens, self.ours[tokens]))[0]
+
+    def numbered(self, tokens):
+        """The ascending real numbers among those of rows, and their places."""
+        tokens, place = tokens.flatten().long().sort()
+        kept = self.real[tokens.clamp(0, len(self.real) - 1)]
+        return tokens[kept], place[kept]
+
+    def expert_rows(self, name, x):
+        """The rows of an expert in the order of its tokens, without padding."""
+        at, takers, rest = name.rpartition(".")[0], self.takers(name), self.ours[name].shape[1:]
+        if x.numel() % math.prod(rest):
             return None
-        chosen = chosen.reshape(len(self.real), -1) == parse(name)[2]
-        return (chosen.any(1) & self.real).nonzero()[:, 0]
+        x = x.reshape(-1, *rest)
+        tokens = self.theirs.get(f"{at}.tokens", takers)
+        numbers, place = self.numbered(tokens)
+        if numbers.equal(takers) and tokens.numel() == len(x):
+            return x[place]
+        every = len(x) == len(self.real) > len(takers)  # an expert that ran on all tokens
+        return x[takers] if every else x if len(x) == len(takers) else None
 
-    def aligned(self, name, ours, run=None):
-        """Rows of ours and of theirs, and the token of each; theirs is None if no shape fits.
+    # ------------------------------------------------------------------ what is compared
 
-        `ours` is the tensor to compare with theirs, from our trace or from a run.
-        """
-        if axes(name)[0] == "R":
-            return self.aligned_rows(name, ours, run)
-        theirs = reshaped(self.theirs[name].double(), ours)
-        if word(name) == "weights":  # theirs in the order in which ours chose
-            at, chosen = name.replace("weights", "chosen"), self.sibling(name, "chosen", run)
-            if chosen is not None and theirs is not None:
-                mine = (run or self.ours)[at]
-                theirs = theirs.gather(1, (mine[:, :, None] == chosen[:, None]).int().argmax(-1))
-        if word(name) == "chosen" and theirs is not None:  # as a set
-            ours, theirs = ours.double().sort(-1)[0], theirs.sort(-1)[0]
-        theirs = None if theirs is None else as_rows(theirs, axes(name))
-        return as_rows(ours, axes(name)), theirs, torch.arange(len(self.real))
-
-    def aligned_rows(self, name, ours, run):
-        """The rows of one expert, for the tokens that both sides routed to it."""
-        tokens = self.expert_tokens(name, run)
-        theirs, other = self.own_rows(name, ours.shape[1:], tokens)
-        if theirs is None:
-            return ours, None, tokens
-        mine, picked = torch.where(tokens[:, None] == other)
-        return ours[mine], theirs[picked], tokens[mine]
-
-    def own_rows(self, name, shape, tokens=None):
-        """The rows of an expert in theirs and the token of each; None if their number is unclear.
-
-        The tokens are those of `experts.E.tokens`, or else of `chosen`, or else of ours.
-        """
-        if name in self.undone:
-            return self.theirs[name], self.expert_tokens(name)
-        theirs, takers = self.theirs[name].double(), self.takers(name)
-        other = self.theirs.get(name.rpartition(".")[0] + ".tokens", takers)
-        other = self.expert_tokens(name) if other is None else other.flatten().long()
-        numbered = other[self.real[other.clamp(0, len(self.real) - 1)]].sort()[0]
-        if takers is not None and not numbered.equal(takers):
-            other = takers  # the numbers in `tokens` are wrong
-        count = theirs.numel() // math.prod(shape)
-        if count == len(self.real) > len(other):  # an expert that ran on all tokens
-            other = torch.arange(count)
-        if count != len(other) and tokens is not None:
-            other = tokens
-        if theirs.numel() != len(other) * math.prod(shape):
-            return None, other
-        return theirs.reshape(len(other), *shape), other
-
-    def port(self):
-        """Theirs as a trace of its own, in our shapes and float64; what does not fit is left out.
-
-        Padding is no token of an expert, and the rows of an expert are in the order of its tokens.
-        """
-        tensors = {"tokens": self.ours["tokens"]}
-        for name in self.shared:
-            x = self.theirs[name]
-            if word(name) == "tokens":
-                own = self.takers(name)
-            elif axes(name)[0] == "R":
-                own, tokens = self.own_rows(name, self.ours[name].shape[1:])
-                if own is not None:
-                    real = self.real[tokens]
-                    own = own[real][tokens[real].argsort()]
-            elif word(name) in ("chosen", "weights") and x.numel() % len(self.real) == 0:
-                own = x.reshape(len(self.real), -1)
-                own = own.long().where(self.real[:, None], -1) if word(name) == "chosen" else own
-            else:
-                own = reshaped(x, self.ours[name])
-            if own is not None:
-                tensors[name] = own.double() if own.is_floating_point() else own
-        return self.trace._replace(tensors=tensors)
-
-    def undo(self, name, rows):
-        """Put rows, as `aligned` gives them, in the place of a tensor of theirs."""
-        if axes(name)[0] == "R":
-            self.undone.add(name)
-        elif axes(name)[-1] == "T":
-            rows = rows.unflatten(0, (-1, self.S)).transpose(1, 2)
-        self.theirs[name] = rows.reshape(self.ours[name].shape)
-
-    def unknown(self):
-        """Names in theirs that are not ours, except weights."""
-        return sorted(name for name in set(self.theirs) - set(self.order)
-                      if not name.endswith(".weight") and ".experts." not in name)
-
-    def expert_tokens(self, name, run=None):
-        """The tokens of an expert's rows, in a run or in our trace; None for other quantities."""
+    def tokens_of(self, name, side):
+        """The tokens of the rows of an expert in ours or in the port's."""
         at = name.rpartition(".")[0] + ".tokens"
-        return None if axes(name)[0] != "R" else self.ours[at] if run is None else run[at]
+        return side[at] if at in side else self.takers(name)
+
+    def rows(self, name):
+        """Rows of ours and of the port, and the token of each; None for the port's if none fit."""
+        ours, theirs = self.ours[name], self.port.tensors.get(name)
+        tokens = torch.arange(len(self.real))
+        if theirs is not None and axes(name)[0] == "R":  # of the tokens that chose it in both
+            tokens, other = (self.tokens_of(name, side) for side in (self.ours, self.port.tensors))
+            ours, theirs = ours[torch.isin(tokens, other)], theirs[torch.isin(other, tokens)]
+            return ours, theirs, tokens[torch.isin(tokens, other)]
+        at = name.replace("weights", "chosen")
+        if theirs is not None and word(name) == "weights" and at in self.port.tensors:
+            same = self.ours[at][:, :, None] == self.port.tensors[at][:, None]
+            theirs = theirs.gather(1, same.int().argmax(-1))  # in the order in which ours chose
+        if word(name) == "chosen" and theirs is not None:  # as sets
+            ours, theirs = (x.double().sort(-1)[0] for x in (ours, theirs))
+        if theirs is None or theirs.shape != ours.shape:
+            return as_rows(ours, axes(name)), None, tokens
+        return as_rows(ours, axes(name)), as_rows(theirs, axes(name)), tokens
 
     def limits(self, name, before):
         """The errors that rounding explains: by depth, and after the largest error before."""
@@ -264,5 +240,10 @@ class Pair:
         """Our quantities after one tensor and before another that the port has not traced."""
         start = self.order.index(last) + 1 if last else 1
         return [n for n in self.order[start:self.order.index(name) if name else None]
-                if word(n) not in REDUNDANT and n not in self.theirs
+                if word(n) not in ("margin", "tokens") and n not in self.theirs
                 and not (self.trace.chunk and "T" in axes(n))]  # a cache may have any order
+
+    def unknown(self):
+        """Names in theirs that are not ours, except weights."""
+        return sorted(name for name in set(self.theirs) - set(self.order)
+                      if not name.endswith(".weight") and ".experts." not in name)

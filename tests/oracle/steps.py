@@ -1,9 +1,9 @@
 """Mixtral in float64, one function per quantity of a trace, in which any step can be replaced.
 
-compare.py uses it to compute what a port with a certain error would give. A `Run` takes all that
-the changes do not reach from a trace and computes the rest with STEPS. So what it needs depends on
-the place: scores without their scale follow from our queries and keys, but the output of the same
-layer follows only with the weights.
+compare.py uses it to compute what a port with a certain error would give. A `Run` takes what a
+trace holds and computes with STEPS what it lacks. So what it needs depends on the place: scores
+without their scale follow from queries and keys, but the output of the same layer follows from
+that of the layer before only with the weights.
 """
 
 import math
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "q_rotated", "k_rotated", "scores", "probabilities",
              "mixed", "o_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w3", "w2", "lm_head")
 ROUTER, EXPERT = ("gate", "chosen", "weights"), ("tokens", "w1", "w3", "hidden", "w2")
 
 
@@ -35,7 +37,6 @@ class Trace(NamedTuple):
     first_position: int
     lengths: list  # real tokens per row
     calls: list = None  # real tokens per call and row, if the rows of a call are ragged
-    positions: Tensor = None  # (B, S), if they do not count the tokens of a row
 
 
 class Calls(NamedTuple):
@@ -68,63 +69,39 @@ def split(text, rows, S):
 
 
 class Run:
-    """A forward pass in float64 with changes, {word or name: function of a Place}.
+    """The quantities that a trace holds, and all others computed from them, with changes.
 
-    What is in `equal` keeps the value of the trace, and so does all that no change reaches.
+    A change replaces a step: {the word or the name of a quantity: a function of its Place}.
     """
 
-    def __init__(self, trace, changes=None, equal=()):
-        self.trace, self.changes, self.equal = trace, changes or {}, equal
-        self.values, self.reached, self.depth = {}, {}, 0
-
-    def change(self, name):
-        return self.changes and (self.changes.get(name) or self.changes.get(parse(name)[0])) or None
-
-    def affected(self, name):
-        """Whether a change reaches a quantity, directly or through its inputs."""
-        if name not in self.reached:
-            place = Place(self, name)
-            while self.depth < place.layer:  # layer by layer, so that the recursion stays shallow
-                self.depth += 1
-                self.affected(f"model.layers.{self.depth - 1}")
-            self.reached[name] = name not in self.equal and (
-                self.change(name) is not None or any(map(self.affected, place.inputs())))
-        return self.reached[name]
-
-    def reach(self, name):
-        """The value of a quantity, layer by layer, so that the recursion stays shallow."""
-        for n in range(Place(self, name).layer):
-            if self.affected(f"model.layers.{n}"):
-                self[f"model.layers.{n}"]
-        return self[name]
+    def __init__(self, trace, changes=None):
+        self.trace, self.changes, self.values = trace, changes or {}, dict(trace.tensors)
 
     def __getitem__(self, name):
         if name not in self.values:
-            change = None if name in self.equal else self.change(name)
-            self.values[name] = change(Place(self, name)) if change else self.plain(name)
+            last = parse(name)[0]
+            change = self.changes.get(name) or self.changes.get(last) or STEPS[last][1]
+            self.values[name] = change(self.place(name))
         return self.values[name]
 
-    def plain(self, name):
-        """The value of a quantity if no change is made in it."""
-        place, tensor = Place(self, name), self.trace.tensors.get(name)
-        if tensor is not None and (name in self.equal or not any(
-                map(self.affected, place.inputs()))):
-            return tensor.double() if tensor.is_floating_point() else tensor
-        return STEPS[place.word][1](place)
+    def place(self, name):
+        return Place(self, name)
 
-    def local(self, name):
-        """A quantity computed by our step, with the changes, from what the trace holds before it.
+    def lacking(self, name):
+        """All that must be computed for a quantity, inputs first, as {name: inputs}."""
+        found, todo = {}, [] if name in self.values else [name]
+        while todo:
+            inputs = self.place(todo[-1]).inputs()
+            new = [n for n in inputs if n not in self.values and n not in found]
+            if not new:
+                found[todo.pop()] = inputs
+            todo += new[:1]
+        return found
 
-        This tells whether the step itself agrees with the trace, whatever is wrong before it.
-        """
-        others = {n: x for n, x in self.trace.tensors.items() if n != name}
-        return Run(self.trace._replace(tensors=others), self.changes, others.keys()).reach(name)
 
-    def place_of(self, last, name):
-        """The place of a quantity in the layer of another one, or in layer 0."""
-        place = Place(self, name)
-        inside = place.layer < self.trace.config["num_hidden_layers"]
-        return Place(self, place.name(last, place.expert or 0, place.layer if inside else 0))
+def without(trace, name):
+    """A trace that lacks one quantity."""
+    return trace._replace(tensors={n: x for n, x in trace.tensors.items() if n != name})
 
 
 @cache
@@ -146,8 +123,9 @@ class Place:
         self.S = run.trace.tensors["tokens"].shape[1]
         self.W, self.d = self.config["sliding_window"], self.config["head_dim"]
 
-    def name(self, last, expert=None, layer=None):
-        layer = self.layer if layer is None else layer
+    def name(self, last=None, expert=None, layer=None):
+        """The name of another quantity, by default in the same layer and of the same expert."""
+        last, layer = last or self.word, self.layer if layer is None else layer
         expert = self.expert if expert is None else expert
         if last == "stream":
             return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
@@ -163,44 +141,27 @@ class Place:
 
     def inputs(self):
         """The names of the quantities from which this one is computed."""
+        chosen = self.run.values.get(self.name("chosen"))
+        experts = range(self.config["num_local_experts"]) if chosen is None else experts_in(chosen)
         return [self.name(last, e) for last in STEPS[self.word][0]
-                for e in (self.experts() if last == "w2" else [None])]
-
-    def experts(self):
-        """The experts that have tokens: those of the trace, or any if the choice may change."""
-        chosen = self.name("chosen")
-        if chosen not in self.run.trace.tensors or self.run.affected(chosen):
-            return range(self.config["num_local_experts"])
-        return experts_in(self.run.trace.tensors[chosen])
+                for e in (experts if last == "w2" else [None])]
 
     def __getitem__(self, last):
         return self.run[self.name(last)]
 
-    def plain(self, last=None):
-        """A quantity if no change is made in it; by default this quantity."""
-        return self.run.plain(self.name(last or self.word))
+    def plain(self):
+        """This quantity if its own step is right."""
+        return STEPS[self.word][1](self)
 
     def at(self, expert):
         return Place(self.run, self.name("w2", expert))
 
     def weight(self, last=None, expert=None, layer=None):
         """The weight of a module in float64, by default that of this quantity."""
-        name = self.name(last or self.word, expert, layer) + ".weight"
+        name = self.name(last, expert, layer) + ".weight"
         if name not in self.run.trace.weights:
             raise MissingError(name)
         return self.run.trace.weights[name].double()
-
-    def norm_weight(self, last=None):
-        """The weight of a norm. It also follows from the input and output in our trace."""
-        last = last or self.word
-        if self.name(last) + ".weight" in self.run.trace.weights:
-            return self.weight(last)
-        source = self.name("residual" if last.startswith("post") else "stream")
-        x, y = (self.run.trace.tensors.get(name) for name in (source, self.name(last)))
-        if x is None or y is None:
-            raise MissingError(self.name(last))
-        x = unit(x.double(), self.config["rms_norm_eps"]).flatten(0, -2)
-        return (y.double().flatten(0, -2) * x).sum(0) / x.square().sum(0)
 
     def heads(self, last):
         """A quantity cut into heads: (B, S, heads·d) -> (B, S, heads, d)."""
@@ -220,40 +181,31 @@ def unit(x, eps):
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
 
-def norm_input(p):
-    return p["residual" if p.word.startswith("post") else "stream"]
-
-
-def norm(p):
-    return unit(norm_input(p), p.config["rms_norm_eps"]) * p.norm_weight()
-
-
 def experts_in(chosen):
     return sorted(set(chosen.flatten().tolist()) - {-1})
 
 
-def expert_input(p, source="post_attention_layernorm"):
-    """The rows of the tokens of an expert, (R, D)."""
-    return p[source].flatten(0, 1)[p["tokens"]]
+def source(p, last=None):
+    """The input of a norm or a linear layer, or another quantity in its place."""
+    x = p[last or STEPS[p.word][0][0]]
+    x = x.flatten(0, 1)[p["tokens"]] if p.word in ("w1", "w3") else x
+    return x.flatten(0, 1) if p.word == "gate" else x.flatten(2) if x.ndim == 4 else x
 
 
-LINEAR = {
-    "q_proj": lambda p: p["input_layernorm"], "k_proj": lambda p: p["input_layernorm"],
-    "v_proj": lambda p: p["input_layernorm"], "o_proj": lambda p: p["mixed"].flatten(2),
-    "gate": lambda p: p["post_attention_layernorm"].flatten(0, 1), "w1": expert_input,
-    "w3": expert_input, "w2": lambda p: p["hidden"], "lm_head": lambda p: p["norm"]}
+def norm(p, scale=unit, weight=None):
+    """The scaled input times a weight, by default the quantity's own."""
+    return scale(source(p), p.config["rms_norm_eps"]) * (p.weight() if weight is None else weight)
 
 
-def linear(p, weight=None):
-    """The product of a weight, by default the quantity's own, and the input in LINEAR."""
-    return LINEAR[p.word](p) @ (p.weight() if weight is None else weight).T
+def linear(p, weight=None, x=None):
+    """x·Wᵀ, by default with the quantity's own weight and input."""
+    return (source(p) if x is None else x) @ (p.weight() if weight is None else weight).T
 
 
 def positions(p):
     """The positions of the tokens, (B, S)."""
     t = p.run.trace
-    usual = torch.arange(p.S).double().expand(t.tensors["tokens"].shape) + t.first_position
-    return usual if t.positions is None else t.positions.double()
+    return torch.arange(p.S).double().expand(t.tensors["tokens"].shape) + t.first_position
 
 
 def frequencies(p, theta=None, d=None):
@@ -285,6 +237,7 @@ def unrotated(p):
 
 
 def turn(x, cos, sin, take=HALVES, put=HALVES):
+    """The pairs (a, b) of each head as (a·cos − b·sin, b·cos + a·sin)."""
     a, b = take.take(x)
     return put.put(a * cos - b * sin, b * cos + a * sin)
 
@@ -313,25 +266,22 @@ def real(p):
     return torch.arange(p.S) < torch.tensor(p.run.trace.lengths)[:, None]
 
 
-def hidden_padding(p, mask):
-    """A mask (B, S, T) without padded keys; padded queries keep theirs, so that no NaN arises."""
-    return mask & (real(p)[:, None] | ~real(p)[:, :, None])
+def scores(p, mask=None, q=None, k=None, modulo=False, hide=True):
+    """q·kᵀ/√d, −∞ where the mask (B, S, T) is false and at padded keys: (B, H, S, T).
 
-
-def scores(p, mask=None, scale=1.0, q=None, k=None, modulo=False, padding=False):
-    """q·kᵀ/√d times a scale, −∞ where the mask is false and, without `padding`, at padded keys.
-
-    With an axis more, (B, S, T, K, d), the keys can differ from query to query.
+    With an axis more, (B, S, T, K, d), the keys can differ from query to query. Padded queries see
+    padded keys, so that no NaN arises.
     """
     q, k = p["q_rotated"] if q is None else q, p["k_rotated"] if k is None else k
     k = k[..., head_map(p, modulo), :]
-    s = torch.einsum("bshd,bthd->bhst" if k.ndim == 4 else "bshd,bsthd->bhst", q, k) * scale
+    s = torch.einsum("bshd,bthd->bhst" if k.ndim == 4 else "bshd,bsthd->bhst", q, k)
     mask = visible(p) if mask is None else mask
-    mask = mask if padding else hidden_padding(p, mask)
-    return (s / math.sqrt(p.d)).masked_fill(~mask[:, None], -math.inf)
+    mask = mask & (real(p)[:, None] | ~real(p)[:, :, None])
+    return (s / math.sqrt(p.d)).masked_fill(~mask[:, None] & hide, -math.inf)
 
 
 def mixed(p, v=None, modulo=False):
+    """Σ probability · value, (B, S, H, d)."""
     v = p.heads("v_proj") if v is None else v
     return torch.einsum("bhst,bthd->bshd", p["probabilities"], v[:, :, head_map(p, modulo)])
 
@@ -347,19 +297,18 @@ def chosen_logits(p):
     return p["gate"].gather(1, p["chosen"].clamp(min=0))
 
 
-def mixture(p, weights=None, add=Tensor.index_add_, source=None, target=None, keep=None):
+def mixture(p, weights=None, add=Tensor.index_add_, origin=None, target=None):
     """Σ routing weight · expert output.
 
-    For wrong sums, `add` puts rows into the result, `source` says from which tokens their weights
-    come, `target` to which tokens they are added, and `keep` which of them are added.
+    For wrong sums, `add` puts rows into the result, `origin` says from which tokens their weights
+    come, and `target` to which tokens they are added.
     """
     chosen, weights = p["chosen"], p["weights"] if weights is None else weights
     y = torch.zeros_like(p["residual"]).flatten(0, 1)
     for e in experts_in(chosen):
         token, rank = torch.where(chosen == e)
-        share = weights[source(token) if source else token, rank, None]
-        kept = keep(token, rank) if keep else slice(None)
-        add(y, 0, (target(token) if target else token)[kept], (share * p.at(e)["w2"])[kept])
+        share = weights[origin(token) if origin else token, rank, None]
+        add(y, 0, target(token) if target else token, share * p.at(e)["w2"])
     return y.view_as(p["residual"])
 
 

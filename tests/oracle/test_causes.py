@@ -76,8 +76,9 @@ def test_a_seeded_error_is_named_from_a_full_trace(number, verdict):
     dtype = (torch.float64, torch.float32)[number % 2]
     code, text = verdict(case, ported(case, wrong, *rest, dtype=dtype))
     assert code == 1 and first_difference(text).endswith(place), text
-    assert causes_in(text)[0].startswith(cause) and "another error" not in text, text
-    assert "It is confined to" in text or "It concerns all" in text or place == "chosen"
+    assert causes_in(text)[0].startswith(cause), text
+    assert "another error" not in text or len(rest) == 3, text  # left padding makes two
+    assert "is confined to" in text or "It concerns all" in text or place == "chosen"
 
 
 def is_layer(name):
@@ -120,14 +121,14 @@ def test_without_weights_a_coarse_trace_bounds_the_place_and_says_what_to_do(tmp
 
 @pytest.mark.parametrize("case", ["plain", "window", "ragged"])
 def test_the_steps_without_an_error_are_the_second_implementation(case):
-    trace, order = pair.read_trace(golden.HERE / f"{case}.safetensors", None, 0)
+    trace, order, _ = pair.read_trace(golden.HERE / f"{case}.safetensors", None, 0)
     run = Run(trace._replace(tensors={"tokens": trace.tensors["tokens"]}))
     real = torch.cat([torch.arange(len(row)) < n for row, n in zip(
         trace.tensors["tokens"], trace.lengths, strict=True)])
     for name in order[1:]:
         if word(name) in STEPS:
             a, b = (x.double() if axes(name)[0] == "R" else pair.as_rows(
-                x.double(), axes(name))[real] for x in (run.reach(name), trace.tensors[name]))
+                x.double(), axes(name))[real] for x in (run[name], trace.tensors[name]))
             assert torch.allclose(a.nan_to_num(), b.nan_to_num(), rtol=1e-12, atol=1e-13), name
 
 
@@ -164,7 +165,7 @@ def test_a_factor_is_named_only_if_it_makes_the_tensors_equal(name, factor, spre
     assert ("Cause: not found" in text) is not named
 
 
-@pytest.mark.parametrize("cause", ["the window is off by one: 6", "heads are rotated twice",
+@pytest.mark.parametrize("cause", ["the window is off by one: 6", "angles are multiplied by 2",
                                    "gelu takes the place of silu", "the softmax is taken twice"])
 def test_a_cause_that_only_nearly_fits_is_not_named(cause, verdict):
     """With another error of one part in a thousand in the same tensor."""
@@ -380,4 +381,4 @@ def test_an_error_that_looks_like_a_layout_is_an_error(verdict):
     assert code == 1 and "in Mistral's order" in causes_in(text)[0], text
     code, text = verdict("plain", ported("plain", {}, copied(
         f"{AT}block_sparse_moe.gate", "model.layers.1.block_sparse_moe.gate")))
-    assert code == 1 and causes_in(text)[0] == "the weight of layer 1 is used", text
+    assert code == 1 and causes_in(text)[0].endswith("that of layers.1.gate in layers.0.gate"), text
