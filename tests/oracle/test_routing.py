@@ -46,6 +46,8 @@ def test_the_page_holds_the_routing_of_the_prompt_and_its_continuation(tokenizer
     assert data["prompt"] == len(prompt) and data["ids"][:len(prompt)] == prompt
     assert len(data["ids"]) == len(data["tokens"]) == len(prompt) + 5
     assert "".join(data["tokens"]).startswith("<s>" + TEXT)
+    cut = prompt[:-1]  # in the middle of the last character
+    assert "".join(routing.token_texts(tokenizer, cut)) == "<s>" + tokenizer.decode(cut)
     model = Mixtral.from_pretrained(TINY, torch.float64)
     weights, experts, margins = routing.record(model, data["ids"])
     assert data["chosen"] == experts.tolist()
@@ -102,7 +104,7 @@ def test_the_command_prints_a_row_for_each_layer_of_the_standard_input(tokenizer
 
 
 @pytest.mark.parametrize("options, word", [
-    (["--prompt", ""], "empty"), (["--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
+    (["--prompt", ""], "empty"), (["--prompt", "x", "--max-new-tokens", "-9"], "max_new_tokens"),
     (["--prompt", "x", "--model", "absent"], "absent"),
     (["--prompt", "x", "--html", "absent/page"], "absent/page"),
     (["--prompt", "x", "--svg", "."], "not written"), ([], "'utf-8' codec")])
