@@ -206,7 +206,8 @@ def exit_code(program, run, args):
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and not error.filename:  # do not fail again in flush at exit
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = "standard output"  # Python flushes it at exit: do not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
