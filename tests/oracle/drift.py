@@ -8,17 +8,15 @@ whose choice of experts changes at a near tie has a large error, which comes fro
 If transformers is installed, its errors are in the table too, measured against the same numbers.
 """
 
-import dataclasses
-import json
 import tempfile
 from pathlib import Path
 from trace import record  # beside this file
 
 import torch
+from conftest import random_model, save
 
-from convert import write_safetensors
 from generate import TINY
-from mixtral import Mixtral, MixtralConfig
+from mixtral import Mixtral
 from tokenizer import Tokenizer
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,18 +30,10 @@ def random_checkpoint(directory):
 
     The rows are short, because a change of experts affects the later tokens of its row.
     """
-    torch.manual_seed(0)
-    model = Mixtral(MixtralConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=8, head_dim=16,
-        num_attention_heads=8, num_key_value_heads=2, sliding_window=64)).requires_grad_(False)
-    for name, weight in model.named_parameters():
-        weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name
-                     else torch.randn_like(weight) * weight.shape[1] ** -0.5)
-    write_safetensors(directory / "model.safetensors",
-                      {name: weight.bfloat16() for name, weight in model.named_parameters()})
-    (directory / "config.json").write_text(json.dumps(
-        {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
-        | dataclasses.asdict(model.config)))
+    model = random_model(
+        dtype=torch.float32, vocab_size=512, hidden_size=128, intermediate_size=256,
+        num_hidden_layers=8, head_dim=16, num_attention_heads=8, sliding_window=64, rope_theta=1e6)
+    save(model.bfloat16(), directory, architectures=["MixtralForCausalLM"])
     return torch.randint(0, 512, (100, 8))
 
 
@@ -73,18 +63,17 @@ def transformers_states(directory, dtype, tokens):
 
 def error(states, exact):
     """The median over tokens of |states − exact| / |exact|, with vectors along the last axis."""
-    difference = (states.double() - exact).flatten(0, -2).norm(dim=1)
-    return (difference / exact.flatten(0, -2).norm(dim=1)).median().item()
+    return ((states.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
 
 
 def rows(directory, tokens):
     """Yield for each layer, and for the logits, a name and the errors in the order of the table."""
-    exact = hidden_states(directory, torch.float64, tokens)
-    columns = [states(directory, dtype, tokens) for dtype in DTYPES
+    *layers, logits = hidden_states(directory, torch.float64, tokens)
+    exact = {f"layer {n}": x for n, x in enumerate(layers)} | {"logits": logits}
+    columns = [states(directory, dtype, tokens) or [None] * len(exact) for dtype in DTYPES
                for states in (hidden_states, transformers_states)]
-    for n, wanted in enumerate(exact):
-        name = f"layer {n}" if n < len(exact) - 1 else "logits"
-        yield name, [None if c is None else error(c[n], wanted) for c in columns]
+    for (name, wanted), *found in zip(exact.items(), *columns, strict=True):
+        yield name, [None if x is None else error(x, wanted) for x in found]
 
 
 def main():
@@ -94,11 +83,11 @@ def main():
         for title, source, tokens in (("embedded", TINY, story),
                                       ("random", place, random_checkpoint(place))):
             names = [f"{str(dtype)[6:]}{who}" for dtype in DTYPES for who in ("", ", transformers")]
-            print(f"| {title}, {tokens.numel()} tokens | " + " | ".join(names) + " |")
+            print(f"| {title}, {tokens.numel()} tokens | {' | '.join(names)} |")
             print("|---" * (len(names) + 1) + "|")
             for name, errors in rows(source, tokens):
-                print(f"| {name} | " + " | ".join(
-                    "not measured" if x is None else f"{x:.1e}" for x in errors) + " |", flush=True)
+                cells = ("not measured" if x is None else f"{x:.1e}" for x in errors)
+                print(f"| {name} | {' | '.join(cells)} |", flush=True)
             print()
 
 

@@ -135,9 +135,8 @@ def packed(nested, size):
         dtype, data = "I64", struct.pack(f"<{len(numbers)}q", *numbers)
     elif size == 8:
         dtype, data = "F64", struct.pack(f"<{len(numbers)}d", *numbers)
-    else:
-        dtype, words = "BF16", struct.pack(f"<{len(numbers)}f", *numbers)
-        data = b"".join(words[at + 2:at + 4] for at in range(0, len(words), 4))
+    else:  # the upper half of a float32
+        dtype, data = "BF16", b"".join(struct.pack("<f", x)[2:] for x in numbers)
     return dtype, shape_of(nested), data
 
 

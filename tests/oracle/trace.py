@@ -7,9 +7,8 @@ has the name of the module, as `model.layers.0.self_attn.q_proj`. A quantity ins
 name of the module and one more word, as `model.layers.0.self_attn.q_rotated`. The table AXES in
 tests/reference.py lists them all.
 
-The model is the plain one of `Mixtral.from_pretrained`. Its code contains nothing for tracing: all
-quantities come from hooks, and from the functions `route`, `rotate` and `attend` of mixtral.py,
-which are replaced while the recording lasts.
+The code of the model contains nothing for tracing: all quantities come from hooks, and from the
+functions `route`, `rotate` and `attend` of mixtral.py, which are replaced while it runs.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
@@ -17,14 +16,15 @@ Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -34,7 +34,7 @@ import torch
 from reference import axes
 
 import mixtral
-from convert import check_output, write_safetensors
+from convert import check_output, reason, write_safetensors
 from generate import DTYPES, TINY, pad
 from mixtral import Attention, Block, Mixtral, SparseMoE, at_least_float32
 from tokenizer import Tokenizer
@@ -60,11 +60,9 @@ class Recorder:
         parent, _, word = name.rpartition(".")
         if isinstance(module, Attention | SparseMoE):
             self.running, self.rotated = name, []
-        if word == "o_proj":
-            q, _ = self.rotated
-            self.keep(f"{parent}.mixed", args[0].view(q.shape))
-        elif word in INPUTS:
-            self.keep(f"{parent}.{INPUTS[word]}", args[0])
+        if word in INPUTS:
+            x = args[0].view(self.rotated[0].shape) if word == "o_proj" else args[0]
+            self.keep(f"{parent}.{INPUTS[word]}", x)
 
     def after(self, name, module, args, output):
         """The hook of every module. Modules that only contain others return nothing new."""
@@ -74,13 +72,16 @@ class Recorder:
             self.keep(name, output)
 
     def rotate(self, original, x, cos, sin):
-        """In place of mixtral.rotate. Attention calls it twice, with the queries and the keys."""
+        """In place of mixtral.rotate, which Attention calls with the queries, then with the keys.
+
+        Both are kept after the second call, so they follow q_proj and k_proj in a trace.
+        """
         output = original(x, cos, sin)
         if self.running:
             self.rotated.append(output)
             if len(self.rotated) == 2:
-                for word, part in zip(("q_rotated", "k_rotated"), self.rotated, strict=True):
-                    self.keep(f"{self.running}.{word}", part)
+                self.keep(f"{self.running}.q_rotated", self.rotated[0])
+                self.keep(f"{self.running}.k_rotated", self.rotated[1])
         return output
 
     def route(self, original, logits, top_k):
@@ -106,8 +107,7 @@ class Recorder:
         if self.scores:
             (B, S, H, d), K = q.shape, k.shape[2]
             rows = (at_least_float32(q) / math.sqrt(d)).transpose(1, 2).reshape(B, K, -1, d)
-            keys = at_least_float32(k).transpose(1, 2)  # (B, K, T, d)
-            scores = (rows @ keys.mT).view(B, H, S, -1)  # (B, H, S, T)
+            scores = (rows @ at_least_float32(k).permute(0, 2, 3, 1)).view(B, H, S, -1)
             scores = scores.masked_fill(~mask, -math.inf)  # (B, H, S, T)
             self.keep(f"{name}.scores", scores)
             self.keep(f"{name}.probabilities", scores.softmax(dim=-1))
@@ -119,30 +119,30 @@ def recording(model, layers=None, scores=False, only=None):
     """Record all passes inside a `with` block; yields {name: [one tensor per pass]}.
 
     The names are in the order of computation. `layers` selects some layers; what is outside the
-    layers is always recorded. `scores` adds the attention scores and probabilities, which are
-    large. `only` selects quantities by the last words of their names. Recording does not change
-    the output of the model. With a cache, each chunk is one pass, except that `lm_head` runs once
-    per call of the model. An expert that no token of a pass chose has no tensors for that pass.
-    Raises ValueError for an unknown layer.
+    layers is always recorded. `scores` adds attention scores and probabilities, which are large.
+    `only` selects quantities by the last words of their names. With a cache, each chunk is one
+    pass, except that `lm_head` runs once per call of the model. An expert that no token of a pass
+    chose has no tensors for that pass. Raises ValueError for an unknown layer.
     """
     L = model.config.num_hidden_layers
     if unknown := set(layers or ()) - set(range(L)):
         raise ValueError(f"layers must be in 0 … {L - 1}, got {min(unknown)}")
     recorder = Recorder(scores, only)
     with contextlib.ExitStack() as stack:
-        for function in ("rotate", "route"):
-            original = getattr(mixtral, function)
-            stack.callback(setattr, mixtral, function, original)
-            setattr(mixtral, function, functools.partial(getattr(recorder, function), original))
+        def replace(owner, function, *first):
+            instead = partial(getattr(recorder, function), *first, getattr(owner, function))
+            stack.enter_context(mock.patch.object(owner, function, instead))
+
+        replace(mixtral, "rotate")
+        replace(mixtral, "route")
         for name, module in model.named_modules():
             layer = re.match(r"model\.layers\.(\d+)", name)
             if layers is None or not layer or int(layer[1]) in layers:
                 if isinstance(module, Attention):
-                    module.attend = functools.partial(recorder.attend, name, module.attend)
-                    stack.callback(delattr, module, "attend")
-                for register, hook in ((module.register_forward_pre_hook, recorder.before),
-                                       (module.register_forward_hook, recorder.after)):
-                    stack.callback(register(functools.partial(hook, name)).remove)
+                    replace(module, "attend", name)
+                before, after = partial(recorder.before, name), partial(recorder.after, name)
+                stack.callback(module.register_forward_pre_hook(before).remove)
+                stack.callback(module.register_forward_hook(after).remove)
         yield recorder.seen
 
 
@@ -205,16 +205,14 @@ def exit_code(program, run, args):
         return 0
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
-        message = " ".join(str(error).split())
-    except OSError as error:
-        if error.filename is None:  # Python flushes standard output at exit: do not fail again
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = "standard output"  # Python flushes it at exit: do not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
-        message = f"{error.filename or 'standard output'}: {error.strerror}"
-    print(f"{program}: {message}", file=sys.stderr)
-    return 1
+        print(f"{program}: {' '.join(reason(error).split())}", file=sys.stderr)
+        return 1
 
 
 def run(args):
