@@ -17,7 +17,6 @@ Exit codes: 0 equal within rounding, 1 different, 2 not comparable.
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import math
 import re
@@ -31,9 +30,9 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from causes import GUESSES, READ, factor_names, listed, spans
-from pair import IncomparableError, Pair, as_rows, layer_of, reshaped, row_errors
+from pair import IncomparableError, Pair, as_rows, layer_of, row_errors
 from reference import axes, word
-from steps import MissingError, Run, calls_of, experts_in, parse, without
+from steps import MissingError, Place, Run, calls_of, experts_in, parse, without
 from torch.nn import functional as F
 
 NEARER = 8
@@ -62,18 +61,14 @@ def apart(ours, theirs):
 
 def describe_place(pair, name, ours, theirs, tokens):
     """One sentence about the largest difference of some rows."""
-    a, b, apart_by = (parts(pair, name, x)[0] for x in (ours, theirs, apart(ours, theirs)))
-    place = torch.unravel_index(apart_by.argmax(), apart_by.shape)
-    a, b, size = (x[place].item() for x in (a, b, apart_by))
+    difference, letters = parts(pair, name, apart(ours, theirs))
+    place = torch.unravel_index(difference.argmax(), difference.shape)
+    size, a, b = (parts(pair, name, x)[0][place] for x in (apart(ours, theirs), ours, theirs))
     row, token = divmod(int(tokens[place[0]]), pair.S)
-    words = [f"row {row}", f"token {token}", *(
-        f"{LABELS[letter]} {n}" for letter, n in zip(
-            parts(pair, name, ours)[1], place[1:], strict=True))]
-    if parse(name)[2] is not None:
-        words.append(f"expert {parse(name)[2]}")
-    how = f" ({size / abs(a):.2g} times |ours|)" if a and math.isfinite(size) else ""
-    return (f"The largest difference is {size:.3g}{how} at {', '.join(words)}: ours {a:.6g}, "
-            f"theirs {b:.6g}.")
+    words = [f"row {row}, token {token}", *(
+        f"{LABELS[letter]} {n}" for letter, n in zip(letters, place[1:], strict=True))]
+    return (f"The largest difference is {size:.3g}, at {', '.join(words)}: ours {a:.6g}, theirs "
+            f"{b:.6g}.")
 
 
 def confined(pair, name, ours, theirs, tokens, bad):
@@ -87,12 +82,11 @@ def confined(pair, name, ours, theirs, tokens, bad):
         what = "It is" if ours.isinf().any() else "NaN or infinity is"
     words = token_words(pair, name, tokens, tokens[bad][wrong.flatten(1).any(1)])
     for axis, letter in enumerate(letters, 1):
-        found = wrong.movedim(axis, 0).flatten(1).any(1)
-        first = int(found.int().argmax())
-        if not found.all():
-            words.append(f"{LABELS[letter]}s {spans(found.nonzero()[:, 0].tolist())}" + (
-                ", from the last multiple of 8 on" if found[first:].all() and
-                first == len(found) // 8 * 8 else ""))
+        found = wrong.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+        size = wrong.shape[axis]
+        if len(found) < size:
+            tail = ", from the last multiple of 8 on" * (found == [*range(size // 8 * 8, size)])
+            words.append(f"{LABELS[letter]}s {spans(found)}{tail}")
     zero = ", where theirs is 0" * bool((parts(pair, name, theirs[bad])[0][wrong] == 0).all())
     return f"{what} confined to {'; '.join(words)}{zero}." if words else (
         f"It concerns all tokens and all numbers of each{zero}.")
@@ -117,23 +111,21 @@ def token_words(pair, name, tokens, bad):
 
 def token_patterns(pair, name, own):
     """Sets of tokens with a name, as (text, set)."""
-    S, last = pair.S, {n // pair.S: n for n in own}
+    S = pair.S
     yield "the first token of each row", {n for n in own if n % S == 0}
     yield "all tokens but the first of each row", {n for n in own if n % S}
-    yield "the last token of each row", set(last.values())
-    for calls in calls_of(pair.trace) if pair.trace.chunk or pair.trace.calls else ():
-        number, start, end = (x.flatten() for x in (calls.number, calls.start, calls.end))
+    yield "the last token of each row", {*{n // S: n for n in own}.values()}
+    for calls in calls_of(pair.trace) if pair.trace.chunk else ():
+        number, start = calls.number.flatten(), calls.start.flatten()
         yield "the first token of each call", {n for n in own if start[n] == n % S}
-        yield "the last token of each call", {n for n in own if end[n] == n % S + 1}
         for at in range(1, int(number.max()) + 1):
-            yield f"the tokens from call {at} on, counted from 0", {
-                n for n in own if number[n] >= at}
-            yield f"the tokens of call {at}, counted from 0", {n for n in own if number[n] == at}
+            found = {n for n in own if number[n] >= at}
+            yield f"the tokens from call {at} on, counted from 0", found
+            yield f"the tokens of call {at}, counted from 0", {n for n in found if number[n] == at}
     chosen = pair.ours.get(f"model.layers.{layer_of(name)}.block_sparse_moe.chosen")
     if chosen is not None and word(name) in ("block_sparse_moe", "layer"):
         takers = {e: (chosen == e).any(1).nonzero()[:, 0].tolist() for e in experts_in(chosen)}
-        for e, found in takers.items():
-            yield f"the tokens of expert {e}", set(found)
+        yield from ((f"the tokens of expert {e}", set(found)) for e, found in takers.items())
         yield "the last token of each expert", {found[-1] for found in takers.values()}
 
 
@@ -180,41 +172,26 @@ def rescaled(ours, theirs, dims, text, c):
 
 
 def maps(pair, name):
-    """What may have happened to any tensor, as (text, rows undone, whether it can be a layout)."""
-    yield from other_axes(pair, name)
+    """What another layout may have done to a tensor, as (text, the port's rows without it)."""
     ours, theirs, _ = pair.rows(name)
-    if theirs is None or word(name) == "chosen":
+    if word(name) in ("chosen", "tokens") or theirs is None:
         return
     shape, letters = ours.shape, parts(pair, name, ours)[1]
     ours, theirs = (parts(pair, name, x)[0] for x in (ours, theirs))
     found, every = [], range(ours.ndim)
-    for axis, letter in enumerate(["token", *letters]):
-        found += [(text, back, letter in ("H", "K", "d", "M", "E")) for text, _, back in reordered(
-            ours, theirs, axis, LABELS.get(letter, letter))]
+    for axis, letter in enumerate(letters, 1):
+        if letter in ("H", "K", "d", "M", "E"):
+            found += [(text, back) for text, _, back in reordered(
+                ours, theirs, axis, LABELS[letter])]
     for dims, text in ((every, "it is multiplied by"),
                        (every[:-1], "each feature has its own factor"),
                        (every[1:], "each token has its own factor")):
-        found += [(*f, True) for f in rescaled(ours, theirs, tuple(dims), text, pair.trace.config)]
+        found += rescaled(ours, theirs, tuple(dims), text, pair.trace.config)
     if word(name) in ("scores", "gate"):
         clear = ours.isfinite() & theirs.isfinite()
         added = (theirs - ours).where(clear, math.nan).nanmedian(-1, keepdim=True)[0]
-        found.append(("a number is added to each row", theirs - added.nan_to_num(), True))
-    yield from ((text, back.reshape(shape), layout) for text, back, layout in found)
-
-
-def other_axes(pair, name):
-    """Theirs as it is if its axes are in another order, like `maps`."""
-    ours, theirs = pair.ours[name], pair.theirs[name].double()
-    letters = [part for letter in axes(name) for part in letter.split("·")]
-    if len(letters) > ours.ndim:
-        ours = ours.unflatten(-1, (-1, pair.trace.config["head_dim"]))
-    for how in itertools.permutations(range(ours.ndim)):
-        moved = [n for n in how if ours.shape[n] > 1]
-        if theirs.numel() == ours.numel() and moved != sorted(moved):
-            back = theirs.reshape([ours.shape[n] for n in how]).permute(
-                [how.index(n) for n in range(len(how))]).reshape(pair.ours[name].shape)
-            yield (f"its axes are in the order {' '.join(letters[n] for n in how)} instead of "
-                   f"{' '.join(letters)}", as_rows(back, axes(name)), True)
+        found.append(("a number is added to each row", theirs - added.nan_to_num()))
+    yield from ((text, back.reshape(shape)) for text, back in found)
 
 
 def renumbered(pair, gate):
@@ -227,15 +204,6 @@ def renumbered(pair, gate):
         if at + "chosen" in port:
             found[at + "chosen"] = order[port[at + "chosen"].clamp(min=0)]
         yield text, found
-
-
-def rounded(ours, theirs):
-    """The dtype to which theirs was rounded, or None. Nearly all numbers must be equal then."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if theirs.to(dtype).double().equal(theirs.double()):
-            near = (ours.to(dtype).double() == theirs.double()).double().mean()
-            return dtype if theirs.dtype.itemsize > dtype.itemsize and near > 0.9 else None
-    return None
 
 
 # ------------------------------------------------------------------ testing causes
@@ -304,7 +272,7 @@ class Steps:
             if not reaching:
                 continue
             here = word(name) in reaching
-            place = run.place(name if here else reached[reaching[0]])
+            place = Place(run, name if here else reached[reaching[0]])
             theirs = self.pair.port.tensors[name] if here else None
             try:
                 for text, change in guess.items() if isinstance(guess, dict) else guess(
@@ -337,7 +305,7 @@ class Steps:
             except UNFIT:
                 continue
         found = [cause for cause in found if cause[1] <= limit]
-        for text, back, _ in () if found else maps(self.pair, name):
+        for text, back in () if found else maps(self.pair, name):
             ours, _, tokens = self.pair.rows(name)
             error = max(row_errors(ours, back)[self.pair.real[tokens]].tolist(), default=math.inf)
             if error <= limit and not found:
@@ -397,11 +365,11 @@ class Comparison:
         self.pair, self.steps = pair, Steps(pair)
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
-        self.compared, self.layouts = 0, {}  # a description of each layout, and its tensors
+        self.compared, self.layouts = 0, {}  # the text of each layout by the name of its tensor
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
 
     def walk(self):
-        layer = None
+        layer, before = None, self.pair.port._replace(tensors=dict(self.pair.port.tensors))
         for name in self.pair.order:
             if name not in self.pair.shared:
                 continue
@@ -410,16 +378,19 @@ class Comparison:
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
             difference = self.difference(name)
             self.compared += 1
-            if difference and self.first is None and self.layout(name):
+            if difference and self.first is None and self.undone(name):
                 difference = self.difference(name)
             if difference is None:
                 self.equal += [name] if word(name) != "tokens" else []
                 continue
             self.different.append(name)
             if self.first is None:
-                self.first = name, difference()
+                self.blame(self.culprit(name, before), before)
             if word(name) == "chosen":
                 break  # other experts ran: nothing that follows can be compared
+        if unused := self.first is None and [n for n in self.layouts if not self.used(n)]:
+            self.different = unused
+            self.blame(unused[0], before)
         return self
 
     def difference(self, name):
@@ -469,80 +440,73 @@ class Comparison:
 
     def numbering(self, name):
         """`difference` for the numbers of the rows of an expert: those that chose it."""
-        pair, takers, c = self.pair, self.pair.takers(name).tolist(), self.pair.trace.chunk
-        own = pair.numbered(pair.theirs[name])[0].tolist()
-        restart = c and own == sorted(t % pair.S % c for t in takers)
-        if own == takers or self.tainted[takers].any():
-            return None
-        why = "Cause: not found."
-        if restart:
-            why = (f"Cause: the numbers restart with each call of {c} tokens. Add the number of "
-                   "the first token of the call.")
-        elif set(own) < set(takers):
-            most = max(x.numel() for n, x in pair.theirs.items() if n.endswith(".tokens"))
-            why = f"It was not run on all of them. No expert has more than {most} tokens."
-        return lambda: [f"It has the tokens {own}, but the expert was chosen by the tokens "
-                        f"{takers}.", why]
+        takers = self.pair.takers(name).tolist()
+        own = self.pair.numbered(self.pair.theirs[name])[0].tolist()
+        return None if own == takers or self.tainted[takers].any() else lambda: [
+            f"It has the tokens {own}, but the expert was chosen by the tokens {takers}. Number "
+            "tokens over all calls; no expert drops a token."]
 
     # -------------------------------------------------------------- layouts
 
-    def same(self, ours, theirs, tokens, name):
-        """The largest error of rows, over what can be compared and what rounding explains."""
+    def worst(self, name, rows=None):
+        """The largest error of rows, divided by what rounding explains; by default the port's."""
+        ours, theirs, tokens = self.pair.rows(name)
+        if theirs is None and rows is None:
+            return math.inf
         keep = (self.pair.real & ~self.tainted)[tokens]
-        errors = row_errors(ours[keep], theirs[keep])
-        return max(errors.tolist(), default=0.0) / min(self.pair.limits(name, self.largest))
+        found = row_errors(ours[keep], (theirs if rows is None else rows)[keep])
+        return max(found.tolist(), default=0.0) / min(self.pair.limits(name, self.largest))
 
-    def layout(self, name):
-        """Whether a difference is a layout: all that the port computes from it is equal to ours."""
-        pair, texts = self.pair, []
-        theirs, before = pair.theirs, pair.port._replace(tensors=dict(pair.port.tensors))
-        if word(name) == "gate" and name in before.tensors:
-            at = name.removesuffix("gate")
-            for text, found in renumbered(pair, name):
-                pair.adopt(found, at)
-                if all(self.settled(n, before, []) for n in pair.shared if n.startswith(at)):
-                    self.layouts.setdefault(text, []).append(name)
-                    return True
-                pair.theirs, pair.port = theirs, before
-        if self.settled(name, before, texts):
-            for text, other in texts:
-                self.layouts.setdefault(text, []).append(other)
-            return True
-        pair.port = before
-        return False
+    def undone(self, name):
+        """Whether the port may have another layout; the port's trace then gets ours.
 
-    def settled(self, name, before, texts):
-        """Whether a tensor is equal, or differs by a layout only; then theirs gets ours.
-
-        A map must bring it nearer by a factor of 8, so that no rounding looks like a layout.
+        It must bring the tensor nearer by a factor of 8, so that no rounding looks like a layout.
         """
         if word(name) == "tokens":
-            return True
-        ours, theirs, tokens = self.pair.rows(name)
-        error = math.inf if theirs is None else self.same(ours, theirs, tokens, name)
-        if error <= 1:
-            return True
-        for text, back, layout in maps(self.pair, name):
-            if layout and NEARER * self.same(ours, back, tokens, name) <= min(error, NEARER):
+            return False
+        pair, error, at = self.pair, self.worst(name), name.removesuffix("gate")
+        for text, found in renumbered(pair, name) if word(name) == "gate" else ():
+            kept = pair.theirs, pair.port
+            pair.adopt(found, at)
+            if all(self.worst(n) <= 1 for n in pair.shared
+                   if n.startswith(at) and word(n) in ("gate", "chosen", "w1")):
+                self.layouts[name] = text
+                return True
+            pair.theirs, pair.port = kept
+        for text, back in maps(pair, name):
+            if NEARER * self.worst(name, back) <= min(error, NEARER):
                 if axes(name)[-1] == "T":
-                    back = back.unflatten(0, (-1, self.pair.S)).transpose(1, 2)
-                self.pair.port.tensors[name] = back.reshape(self.pair.ours[name].shape)
-                texts.append((text, name))
-                users = self.users(name)
-                return bool(users) and all(
-                    self.own_step(n, before) or self.settled(n, before, texts) for n in users)
+                    back = back.unflatten(0, (-1, pair.S)).transpose(1, 2)
+                pair.port.tensors[name] = back.reshape(pair.ours[name].shape)
+                self.layouts[name] = text
+                return True
         return False
 
-    def users(self, name):
-        """The next traced tensors that are computed from a tensor."""
-        pair, dirty, found, run = self.pair, {name}, [], Run(self.pair.trace)
-        for other in pair.order[pair.order.index(name) + 1:]:
-            if word(other) not in ("margin", "tokens") and dirty & {*run.place(other).inputs()}:
-                if other in pair.shared:
-                    found.append(other)
-                else:
-                    dirty.add(other)
-        return found
+    def culprit(self, name, before):
+        """The tensor in which the error behind a difference is: it, or what looked like a layout.
+
+        The step of a tensor is wrong if it would give our numbers from what the port has before
+        it, in its own layout. Otherwise what it is computed from is wrong.
+        """
+        if not self.own_step(name, before):
+            for other in self.layouts:
+                if self.used(other, name):
+                    return self.culprit(other, before)
+        return name
+
+    def used(self, name, by=None):
+        """Whether a tensor is computed from another one without a traced tensor in between."""
+        port = without(self.pair.port, name)
+        return any(name in Run(without(port, other)).lacking(other) for other in (
+            [by] if by else self.equal) if other != name)
+
+    def blame(self, name, before):
+        """Describe a difference as the first. What looked like a layout since then is none."""
+        if name in self.layouts:
+            self.pair.port = before
+            at = list(self.layouts).index(name)
+            self.layouts = dict(list(self.layouts.items())[:at])
+        self.first = name, self.difference(name)()
 
     def own_step(self, name, before):
         """Whether our step gives our numbers from what the port computed in its own layout."""
@@ -550,8 +514,8 @@ class Comparison:
             mine, ours = computed(before, name), self.pair.ours[name]
         except UNFIT:
             return False
-        if mine.shape != ours.shape or word(name) == "chosen":
-            return mine.shape == ours.shape and mine.equal(ours)
+        if mine.shape != ours.shape or not mine.is_floating_point():
+            return mine.equal(ours)
         mine, ours = (as_rows(x, axes(name)) for x in (mine, ours))
         keep = self.pair.real if axes(name)[0] != "R" else slice(None)
         return (row_errors(ours[keep], mine[keep]) <= 8 * self.pair.rounding).all().item()
@@ -626,10 +590,6 @@ class Comparison:
         steps = self.steps
         if causes := steps.proved(name, bad, limit):
             return self.found(causes, steps)
-        theirs = reshaped(self.pair.theirs[name], self.pair.ours[name])
-        dtype = None if theirs is None else rounded(self.pair.ours[name], theirs)
-        if dtype and error < 4 * torch.finfo(dtype).eps:
-            return [f"Cause: the numbers are rounded to {str(dtype)[6:]}."]
         lines = self.not_found(name, steps, drift)
         if others := [n for n in steps.wrong if n != name and not drift]:
             lines.append("Computed from the port's own numbers, other steps differ too: "
@@ -686,7 +646,8 @@ def verdict(pair, found, args):
         yield f"It has other names too: {', '.join(pair.unknown()[:5])}."
     if args.all:
         yield from (f"{error:10.3g}  {name}" for name, error in found.errors.items())
-    for text, names in found.layouts.items():
+    for text in dict.fromkeys(found.layouts.values()):
+        names = [name for name, other in found.layouts.items() if other == text]
         yield (f"Your layout differs in {summary(names)}: {text}. All that is computed from it is "
                "equal, so this is no error.")
     for chosen, token, gap in found.flips:

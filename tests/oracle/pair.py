@@ -10,7 +10,7 @@ import re
 import torch
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import NORMS, Run, Trace, parse, source, unit
+from steps import NORMS, Place, Run, Trace, parse, unit
 
 from mixtral import read_weights
 
@@ -61,9 +61,9 @@ def read_trace(path, model, chunk):
 def norm_weights(trace):
     """The weights of the norms as they follow from inputs and outputs, for a trace without any."""
     run, found = Run(trace), {}
-    for name in trace.tensors:
-        if word(name) in NORMS and run.place(name).inputs()[0] in trace.tensors:
-            x, y = unit(source(run.place(name)), trace.config["rms_norm_eps"]), run[name]
+    for name in filter(lambda name: word(name) in NORMS, trace.tensors):
+        if Place(run, name).inputs()[0] in trace.tensors:
+            x, y = unit(Place(run, name).source(), trace.config["rms_norm_eps"]), run[name]
             found[f"{name}.weight"] = (x * y).sum((0, 1)) / x.square().sum((0, 1))
     return found
 

@@ -1,4 +1,4 @@
-"""Mixtral in float64, one function per quantity of a trace, in which any step can be replaced.
+"""Mixtral in float64, one step per quantity of a trace, any of which can be replaced.
 
 compare.py uses it to compute what a port with a certain error would give. A `Run` takes what a
 trace holds and computes with STEPS what it lacks. So what it needs depends on the place: scores
@@ -68,35 +68,31 @@ def split(text, rows, S):
     return Calls(text, *torch.stack(parts, 1), max(map(max, rows)))
 
 
-class Run:
-    """The quantities that a trace holds, and all others computed from them, with changes.
+class Pairing(NamedTuple):
+    """How the two features of each pair are taken from a head and put back."""
 
-    A change replaces a step: {the word or the name of a quantity: a function of its Place}.
-    """
+    take: Callable
+    put: Callable
 
-    def __init__(self, trace, changes=None):
-        self.trace, self.changes, self.values = trace, changes or {}, dict(trace.tensors)
 
-    def __getitem__(self, name):
-        if name not in self.values:
-            last = parse(name)[0]
-            change = self.changes.get(name) or self.changes.get(last) or STEPS[last][1]
-            self.values[name] = change(self.place(name))
-        return self.values[name]
+HALVES = Pairing(lambda x: x.chunk(2, -1), lambda a, b: torch.cat((a, b), -1))
+NEIGHBOURS = Pairing(lambda x: (x[..., ::2], x[..., 1::2]),
+                     lambda a, b: torch.stack((a, b), -1).flatten(-2))
 
-    def place(self, name):
-        return Place(self, name)
 
-    def lacking(self, name):
-        """All that must be computed for a quantity, inputs first, as {name: inputs}."""
-        found, todo = {}, [] if name in self.values else [name]
-        while todo:
-            inputs = self.place(todo[-1]).inputs()
-            new = [n for n in inputs if n not in self.values and n not in found]
-            if not new:
-                found[todo.pop()] = inputs
-            todo += new[:1]
-        return found
+def turn(x, cos, sin, take=HALVES, put=HALVES):
+    """The pairs (a, b) of each head as (a·cos − b·sin, b·cos + a·sin)."""
+    a, b = take.take(x)
+    return put.put(a * cos - b * sin, b * cos + a * sin)
+
+
+def unit(x, eps):
+    """x / √(mean(x²) + ε)."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def experts_in(chosen):
+    return sorted(set(chosen.flatten().tolist()) - {-1})
 
 
 def without(trace, name):
@@ -112,8 +108,40 @@ def parse(name):
     return word(name), layer, int(parts[parts.index("experts") + 1]) if "experts" in parts else None
 
 
+class Run:
+    """The quantities that a trace holds, and all others computed from them, with changes.
+
+    A change replaces a step: {the word or the name of a quantity: a function of its Place}.
+    """
+
+    def __init__(self, trace, changes=None):
+        self.trace, self.changes, self.values = trace, changes or {}, dict(trace.tensors)
+
+    def __getitem__(self, name):
+        if name not in self.values:
+            last = parse(name)[0]
+            step = self.changes.get(name) or self.changes.get(last) or STEPS[last][1]
+            self.values[name] = step(Place(self, name))
+        return self.values[name]
+
+    def lacking(self, name):
+        """All that must be computed for a quantity, inputs first, as {name: inputs}."""
+        found, todo = {}, [] if name in self.values else [name]
+        while todo:
+            inputs = Place(self, todo[-1]).inputs()
+            new = [n for n in inputs if n not in self.values and n not in found]
+            if not new:
+                found[todo.pop()] = inputs
+            todo += new[:1]
+        return found
+
+
 class Place:
-    """A quantity in a run. `place[word]` is another quantity of the same layer and expert."""
+    """A quantity in a run. `place[word]` is another quantity of the same layer and expert.
+
+    Below are the forward pass and what can be other in it. The steps take no arguments; with
+    arguments they compute what wrong ports compute.
+    """
 
     def __init__(self, run, name):
         self.run, self.config = run, run.trace.config
@@ -122,6 +150,8 @@ class Place:
             self.layer = 0 if self.word == "embed_tokens" else self.config["num_hidden_layers"]
         self.S = run.trace.tensors["tokens"].shape[1]
         self.W, self.d = self.config["sliding_window"], self.config["head_dim"]
+        self.A, self.E = self.config["num_experts_per_tok"], self.config["num_local_experts"]
+        self.eps = self.config["rms_norm_eps"]
 
     def name(self, last=None, expert=None, layer=None):
         """The name of another quantity, by default in the same layer and of the same expert."""
@@ -142,7 +172,7 @@ class Place:
     def inputs(self):
         """The names of the quantities from which this one is computed."""
         chosen = self.run.values.get(self.name("chosen"))
-        experts = range(self.config["num_local_experts"]) if chosen is None else experts_in(chosen)
+        experts = range(self.E) if chosen is None else experts_in(chosen)
         return [self.name(last, e) for last in STEPS[self.word][0]
                 for e in (experts if last == "w2" else [None])]
 
@@ -153,12 +183,9 @@ class Place:
         """This quantity if its own step is right."""
         return STEPS[self.word][1](self)
 
-    def at(self, expert):
-        return Place(self.run, self.name("w2", expert))
-
-    def weight(self, last=None, expert=None, layer=None):
+    def weight(self, last=None, expert=None):
         """The weight of a module in float64, by default that of this quantity."""
-        name = self.name(last, expert, layer) + ".weight"
+        name = self.name(last, expert) + ".weight"
         if name not in self.run.trace.weights:
             raise MissingError(name)
         return self.run.trace.weights[name].double()
@@ -167,174 +194,125 @@ class Place:
         """A quantity cut into heads: (B, S, heads·d) -> (B, S, heads, d)."""
         return self[last].unflatten(-1, (-1, self.d))
 
-    def routing_weights(self):
-        """The routing weight of each token of this expert, (R, 1)."""
-        token, rank = torch.where(self["chosen"] == self.expert)
-        return self["weights"][token, rank, None]
+    def real(self):
+        """Which tokens are no padding, (B, S)."""
+        return torch.arange(self.S) < torch.tensor(self.run.trace.lengths)[:, None]
 
+    def source(self, last=None):
+        """The input of a norm or a linear layer, or another quantity in its place."""
+        x = self[last or STEPS[self.word][0][0]]
+        x = x.flatten(0, 1)[self["tokens"]] if self.word in ("w1", "w3") else x
+        return x.flatten(0, 1) if self.word == "gate" else x.flatten(2) if x.ndim == 4 else x
 
-# ------------------------------------------------------------------ the forward pass
+    def product(self, weight=None, x=None, scale=unit):
+        """x·Wᵀ, or in a norm the scaled x times its weight; by default with its own."""
+        x, weight = self.source() if x is None else x, self.weight() if weight is None else weight
+        return scale(x, self.eps) * weight if self.word in NORMS else x @ weight.T
 
+    def positions(self):
+        """The positions of the tokens, (B, S)."""
+        t = self.run.trace
+        return torch.arange(self.S).double().expand(t.tensors["tokens"].shape) + t.first_position
 
-def unit(x, eps):
-    """x / √(mean(x²) + ε)."""
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    def frequencies(self, theta=None, d=None):
+        """θ^(−2i/d) for i < d/2."""
+        d = d or self.d
+        return (theta or self.config["rope_theta"]) ** (-torch.arange(0, d, 2).double() / d)
 
+    def angles(self, at=None, frequency=None):
+        """position · frequency, with an axis of size 1 for the heads: (B, S, 1, d/2)."""
+        frequency = self.frequencies() if frequency is None else frequency
+        return (self.positions() if at is None else at)[..., None, None] * frequency
 
-def experts_in(chosen):
-    return sorted(set(chosen.flatten().tolist()) - {-1})
+    def unrotated(self):
+        return self.heads(self.word.replace("_rotated", "_proj"))
 
+    def rotated(self, angle=None, x=None, **pairing):
+        angle = self.angles() if angle is None else angle
+        return turn(self.unrotated() if x is None else x, angle.cos(), angle.sin(), **pairing)
 
-def source(p, last=None):
-    """The input of a norm or a linear layer, or another quantity in its place."""
-    x = p[last or STEPS[p.word][0][0]]
-    x = x.flatten(0, 1)[p["tokens"]] if p.word in ("w1", "w3") else x
-    return x.flatten(0, 1) if p.word == "gate" else x.flatten(2) if x.ndim == 4 else x
+    def visible(self, first=None, last=None):
+        """The mask (B, S, T) in which query i sees the keys first … last; Mixtral's by default."""
+        j = torch.arange(self.S)
+        i = j.expand(len(self.run.trace.lengths), -1)
+        first = (i - self.W + 1 if self.W else 0 * i) if first is None else first
+        return (j >= first[..., None]) & (j <= (i if last is None else last)[..., None])
 
+    def head_map(self, modulo=False):
+        """The key/value head of every query head, (H)."""
+        H, K = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+        return torch.arange(H) % K if modulo else torch.arange(H) // (H // K)
 
-def norm(p, scale=unit, weight=None):
-    """The scaled input times a weight, by default the quantity's own."""
-    return scale(source(p), p.config["rms_norm_eps"]) * (p.weight() if weight is None else weight)
+    def scores(self, mask=None, q=None, k=None, modulo=False, hide=True):
+        """q·kᵀ/√d, −∞ where the mask (B, S, T) is false and at padded keys: (B, H, S, T).
 
+        With an axis more, (B, S, T, K, d), the keys can differ from query to query. Padded queries
+        see padded keys, so that no NaN arises.
+        """
+        q, k = self["q_rotated"] if q is None else q, self["k_rotated"] if k is None else k
+        k = k[..., self.head_map(modulo), :]
+        s = torch.einsum("bshd,bthd->bhst" if k.ndim == 4 else "bshd,bsthd->bhst", q, k)
+        mask = self.visible() if mask is None else mask
+        mask = mask & (self.real()[:, None] | ~self.real()[:, :, None])
+        return (s / math.sqrt(self.d)).masked_fill(~mask[:, None] & hide, -math.inf)
 
-def linear(p, weight=None, x=None):
-    """x·Wᵀ, by default with the quantity's own weight and input."""
-    return (source(p) if x is None else x) @ (p.weight() if weight is None else weight).T
+    def mixed(self, v=None, modulo=False):
+        """Σ probability · value, (B, S, H, d)."""
+        v = (self.heads("v_proj") if v is None else v)[:, :, self.head_map(modulo)]
+        return torch.einsum("bhst,bthd->bshd", self["probabilities"], v)
 
+    def choose(self, logits=None, ranks=None):
+        """The experts with certain ranks of each token, the best A by default; −1 for padding."""
+        logits = self["gate"] if logits is None else logits
+        experts = logits.sort(dim=-1, descending=True, stable=True)[1]
+        return experts[:, range(self.A) if ranks is None else ranks].where(
+            self.real().view(-1, 1), -1)
 
-def positions(p):
-    """The positions of the tokens, (B, S)."""
-    t = p.run.trace
-    return torch.arange(p.S).double().expand(t.tensors["tokens"].shape) + t.first_position
+    def chosen_logits(self):
+        return self["gate"].gather(1, self["chosen"].clamp(min=0))
 
+    def shares(self):
+        """The routing weights, (N, A)."""
+        return self.chosen_logits().softmax(-1)
 
-def frequencies(p, theta=None, d=None):
-    """θ^(−2i/d) for i < d/2."""
-    d = d or p.d
-    return (theta or p.config["rope_theta"]) ** (-torch.arange(0, d, 2).double() / d)
+    def mixture(self, weights=None, add=Tensor.index_add_, origin=None, target=None):
+        """Σ routing weight · expert output.
 
-
-def angles(p, at=None, frequency=None):
-    """position · frequency, with an axis of size 1 for the heads: (B, S, 1, d/2)."""
-    frequency = frequencies(p) if frequency is None else frequency
-    return (positions(p) if at is None else at)[..., None, None] * frequency
-
-
-class Pairing(NamedTuple):
-    """How the two features of each pair are taken from a head and put back."""
-
-    take: Callable
-    put: Callable
-
-
-HALVES = Pairing(lambda x: x.chunk(2, -1), lambda a, b: torch.cat((a, b), -1))
-NEIGHBOURS = Pairing(lambda x: (x[..., ::2], x[..., 1::2]),
-                     lambda a, b: torch.stack((a, b), -1).flatten(-2))
-
-
-def unrotated(p):
-    return p.heads(p.word.replace("_rotated", "_proj"))
-
-
-def turn(x, cos, sin, take=HALVES, put=HALVES):
-    """The pairs (a, b) of each head as (a·cos − b·sin, b·cos + a·sin)."""
-    a, b = take.take(x)
-    return put.put(a * cos - b * sin, b * cos + a * sin)
-
-
-def rotated(p, angle=None, x=None, **pairing):
-    angle = angles(p) if angle is None else angle
-    return turn(unrotated(p) if x is None else x, angle.cos(), angle.sin(), **pairing)
-
-
-def visible(p, first=None, last=None):
-    """The mask (B, S, T) in which query i sees the keys first … last; Mixtral's by default."""
-    i, j = torch.arange(p.S)[:, None], torch.arange(p.S)
-    first = (i - p.W + 1 if p.W else torch.tensor(0)) if first is None else first[..., None]
-    last = i if last is None else last[..., None]
-    return ((j >= first) & (j <= last)).expand(len(p.run.trace.lengths), p.S, p.S)
-
-
-def head_map(p, modulo=False):
-    """The key/value head of every query head, (H)."""
-    H, K = p.config["num_attention_heads"], p.config["num_key_value_heads"]
-    return torch.arange(H) % K if modulo else torch.arange(H) // (H // K)
-
-
-def real(p):
-    """Which tokens are no padding, (B, S)."""
-    return torch.arange(p.S) < torch.tensor(p.run.trace.lengths)[:, None]
-
-
-def scores(p, mask=None, q=None, k=None, modulo=False, hide=True):
-    """q·kᵀ/√d, −∞ where the mask (B, S, T) is false and at padded keys: (B, H, S, T).
-
-    With an axis more, (B, S, T, K, d), the keys can differ from query to query. Padded queries see
-    padded keys, so that no NaN arises.
-    """
-    q, k = p["q_rotated"] if q is None else q, p["k_rotated"] if k is None else k
-    k = k[..., head_map(p, modulo), :]
-    s = torch.einsum("bshd,bthd->bhst" if k.ndim == 4 else "bshd,bsthd->bhst", q, k)
-    mask = visible(p) if mask is None else mask
-    mask = mask & (real(p)[:, None] | ~real(p)[:, :, None])
-    return (s / math.sqrt(p.d)).masked_fill(~mask[:, None] & hide, -math.inf)
-
-
-def mixed(p, v=None, modulo=False):
-    """Σ probability · value, (B, S, H, d)."""
-    v = p.heads("v_proj") if v is None else v
-    return torch.einsum("bhst,bthd->bshd", p["probabilities"], v[:, :, head_map(p, modulo)])
-
-
-def choose(p, logits, ranks=None):
-    """The experts with certain ranks of each token, the best A by default; −1 for padding."""
-    ranks = list(range(p.config["num_experts_per_tok"])) if ranks is None else ranks
-    experts = logits.sort(dim=-1, descending=True, stable=True)[1][:, ranks]
-    return experts.where(real(p).view(-1, 1), -1)
-
-
-def chosen_logits(p):
-    return p["gate"].gather(1, p["chosen"].clamp(min=0))
-
-
-def mixture(p, weights=None, add=Tensor.index_add_, origin=None, target=None):
-    """Σ routing weight · expert output.
-
-    For wrong sums, `add` puts rows into the result, `origin` says from which tokens their weights
-    come, and `target` to which tokens they are added.
-    """
-    chosen, weights = p["chosen"], p["weights"] if weights is None else weights
-    y = torch.zeros_like(p["residual"]).flatten(0, 1)
-    for e in experts_in(chosen):
-        token, rank = torch.where(chosen == e)
-        share = weights[origin(token) if origin else token, rank, None]
-        add(y, 0, target(token) if target else token, share * p.at(e)["w2"])
-    return y.view_as(p["residual"])
+        For wrong sums, `add` puts rows into the result, `origin` says from which tokens their
+        weights come, and `target` to which tokens they are added.
+        """
+        chosen, weights = self["chosen"], self["weights"] if weights is None else weights
+        y = torch.zeros_like(self["residual"]).flatten(0, 1)
+        for e in experts_in(chosen):
+            token, rank = torch.where(chosen == e)
+            share = weights[origin(token) if origin else token, rank, None]
+            add(y, 0, target(token) if target else token, share * self.run[self.name("w2", e)])
+        return y.view_as(self["residual"])
 
 
 STEPS = {  # the inputs of each quantity, and its function
     "embed_tokens": ((), lambda p: p.weight()[p.run.trace.tensors["tokens"]]),
-    "input_layernorm": (("stream",), norm),
-    "q_proj": (("input_layernorm",), linear),
-    "k_proj": (("input_layernorm",), linear),
-    "v_proj": (("input_layernorm",), linear),
-    "q_rotated": (("q_proj",), rotated),
-    "k_rotated": (("k_proj",), rotated),
-    "scores": (("q_rotated", "k_rotated"), scores),
+    "input_layernorm": (("stream",), Place.product),
+    "q_proj": (("input_layernorm",), Place.product),
+    "k_proj": (("input_layernorm",), Place.product),
+    "v_proj": (("input_layernorm",), Place.product),
+    "q_rotated": (("q_proj",), Place.rotated),
+    "k_rotated": (("k_proj",), Place.rotated),
+    "scores": (("q_rotated", "k_rotated"), Place.scores),
     "probabilities": (("scores",), lambda p: p["scores"].softmax(-1)),
-    "mixed": (("probabilities", "v_proj"), mixed),
-    "o_proj": (("mixed",), linear),
+    "mixed": (("probabilities", "v_proj"), Place.mixed),
+    "o_proj": (("mixed",), Place.product),
     "residual": (("stream", "o_proj"), lambda p: p["stream"] + p["o_proj"]),
-    "post_attention_layernorm": (("residual",), norm),
-    "gate": (("post_attention_layernorm",), linear),
-    "chosen": (("gate",), lambda p: choose(p, p["gate"])),
-    "weights": (("gate", "chosen"), lambda p: chosen_logits(p).softmax(-1)),
+    "post_attention_layernorm": (("residual",), Place.product),
+    "gate": (("post_attention_layernorm",), Place.product),
+    "chosen": (("gate",), Place.choose),
+    "weights": (("gate", "chosen"), Place.shares),
     "tokens": (("chosen",), lambda p: torch.where(p["chosen"] == p.expert)[0]),
-    "w1": (("post_attention_layernorm", "tokens"), linear),
-    "w3": (("post_attention_layernorm", "tokens"), linear),
+    "w1": (("post_attention_layernorm", "tokens"), Place.product),
+    "w3": (("post_attention_layernorm", "tokens"), Place.product),
     "hidden": (("w1", "w3"), lambda p: F.silu(p["w1"]) * p["w3"]),
-    "w2": (("hidden",), linear),
-    "block_sparse_moe": (("weights", "w2"), mixture),
+    "w2": (("hidden",), Place.product),
+    "block_sparse_moe": (("weights", "w2"), Place.mixture),
     "layer": (("residual", "block_sparse_moe"), lambda p: p["residual"] + p["block_sparse_moe"]),
-    "norm": (("stream",), norm),
-    "lm_head": (("norm",), linear)}
+    "norm": (("stream",), Place.product),
+    "lm_head": (("norm",), Place.product)}

@@ -23,14 +23,14 @@ from convert import write_safetensors
 from mixtral import Mixtral
 
 ROOT = Path(__file__).resolve().parents[2]
-SCORES = ("q_rotated", "k_rotated", "scores")
 TEXT = torch.randint(0, 37, (1, 14), generator=torch.Generator().manual_seed(3))
 SIZES = {"rope_theta": 1e4, "head_dim": 8, "num_hidden_layers": 3}
+L0, L1 = "model.layers.0.", "model.layers.1."
 
 
-def theirs_of(model, path, tokens=TEXT, scores=True):
+def theirs_of(model, path, tokens=TEXT):
     """Write what a port would write: the tensors of one pass, without metadata."""
-    tensors = {"tokens": tokens} | trace.record(model, tokens, scores=scores)
+    tensors = {"tokens": tokens} | trace.record(model, tokens, scores=True)
     write_safetensors(path, {name: x.contiguous() for name, x in tensors.items()})
 
 
@@ -54,6 +54,15 @@ def verdict(tmp_path, capsys):
 
 
 @pytest.fixture
+def judged(tmp_path, verdict):
+    """A function that writes the port's tensors for a golden file and returns the verdict."""
+    def run(case, tensors):
+        write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
+        return verdict(ours=golden.HERE / f"{case}.safetensors")
+    return run
+
+
+@pytest.fixture
 def changed(honest, tmp_path, verdict):
     """A function that changes the honest tensors of the port and returns the verdict."""
     def run(change, *options):
@@ -62,6 +71,13 @@ def changed(honest, tmp_path, verdict):
         write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
         return verdict(*options, ours=honest[0])
     return run
+
+
+def golden_tensors(case, kept=lambda name: True):
+    """What a correct port writes for a golden file."""
+    found = pair.read_file(golden.HERE / f"{case}.safetensors")[1]
+    return {name: x.clone() for name, x in found.items()
+            if not name.endswith(".weight") and kept(name)}
 
 
 # ------------------------------------------------------------------ honest runs
@@ -75,7 +91,15 @@ def test_honest_runs_are_equal_within_rounding(dtype, seed, layers, tmp_path, ve
     theirs_of(lower, tmp_path / "theirs")
     trace.write_trace(lower.double(), TEXT, tmp_path / "ours", scores=True)
     code, text = verdict()
-    assert code == 0 and f"Equal within {dtype} rounding" in text, text
+    assert code == 0 and f"Equal within {dtype} rounding" in text and "layout" not in text, text
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("case", sorted(golden.CASES))
+def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, judged):
+    """Also if its weights are rounded to float16."""
+    code, text = judged(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
+    assert code == 0 and "layout" not in text, text
 
 
 @pytest.mark.parametrize("dtype, step", [("float32", 3), ("bfloat16", 5), ("float16", 7)])
@@ -103,17 +127,6 @@ def test_the_embedded_model_is_equal_and_its_routing_flips_are_reported(
     assert reported is flips or coarse and flips  # the effect of a flip can be below rounding
 
 
-def test_a_run_with_another_number_of_threads_is_equal(honest, tmp_path, verdict):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - before if before < 3 else 1)
-        theirs_of(random_model(**SIZES), tmp_path / "theirs")
-    finally:
-        torch.set_num_threads(before)
-    code, text = verdict(ours=honest[0])
-    assert code == 0 and "Equal within float64 rounding" in text
-
-
 @pytest.mark.parametrize("frequency", [
     lambda x: 1 / 1e4 ** x, lambda x: torch.exp(-x * math.log(1e4))], ids=["1/θ^x", "exp"])
 def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency, judged):
@@ -124,31 +137,16 @@ def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency,
         return angles.cos(), angles.sin()
 
     ours = port.known(golden.HERE / "far.safetensors")
-    tensors, at = port.run(ours, wrong={"rotation": rotation}), "model.layers.0.self_attn.q_rotated"
+    tensors, at = port.run(ours, wrong={"rotation": rotation}), f"{L0}self_attn.q_rotated"
     assert (ours.tensors[at] - tensors[at]).abs().max() > 1e-13
     code, text = judged("far", tensors)
     assert code == 0 and "Equal within float64 rounding" in text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", sorted(golden.CASES))
-def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, judged):
-    """Rounding the weights to float16 moves one token of `window` beyond the limit."""
-    code, text = judged(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
-    beyond = (case, dtype) == ("window", torch.float16) and "The error drifts" in text
-    assert code == 0 or beyond, text
-
-
-@pytest.mark.parametrize("case", sorted(golden.CASES))
-def test_a_golden_file_is_equal_to_itself_and_to_its_float32_numbers(case, tmp_path, verdict):
-    path = golden.HERE / f"{case}.safetensors"
+def test_a_golden_file_is_equal_to_itself(verdict):
+    path = golden.HERE / "plain.safetensors"
     code, text = verdict(ours=path, theirs=path)
     assert code == 0 and "Equal within float64 rounding. The largest error is 0, in" in text
-    write_safetensors(tmp_path / "theirs", {
-        name: x.float() if x.is_floating_point() else x
-        for name, x in pair.read_file(path)[1].items()})
-    code, text = verdict(ours=path)
-    assert code == 0 and "Equal within float32 rounding" in text
 
 
 # ------------------------------------------------------------------ routing flips
@@ -185,10 +183,10 @@ def test_a_flip_at_a_near_tie_is_no_error_and_one_by_a_margin_is(
     theirs_of(model.float(), tmp_path / "theirs")
     found, text = verdict()
     assert found == code, text
-    name = "model.layers.1.block_sparse_moe.chosen"
+    name = f"{L1}block_sparse_moe.chosen"
     assert (f"Routing flip, no error: {name}, row 0, token 6; the margin is" in text) is (code == 0)
     assert (f"first tensor that differs is {name}" in text) is (code == 1)
-    assert ("At token 6 ours chose" in text and "no near tie" in text) is (code == 1)
+    assert ("At token 6 of row 0 ours chose" in text and "no near tie" in text) is (code == 1)
 
 
 def test_the_same_experts_in_another_order_are_no_flip(changed):
@@ -200,65 +198,44 @@ def test_the_same_experts_in_another_order_are_no_flip(changed):
     assert code == 0 and "Routing flips: 0" in text
 
 
+def test_a_flip_is_no_second_error(judged):
+    tensors = port.run(port.known(golden.HERE / "tied.safetensors"), wrong={
+        "score": lambda q, k: q @ k.mT})
+    for name in list(tensors):
+        if name.endswith("gate"):
+            tensors[name] = tensors[name] * (1 + 1e-15 * torch.arange(8).double())  # other sums
+    text = judged("tied", tensors)[1]
+    assert causes_in(text)[0].startswith("it is multiplied by 2") and "another error" not in text
+
+
 # ------------------------------------------------------------------ the place of a difference
 
 
 def test_an_unexplained_difference_is_described_and_no_cause_is_named(changed):
-    name = "model.layers.1.self_attn.o_proj"
+    name = f"{L1}self_attn.o_proj"
     code, text = changed(lambda tensors: tensors[name][0, 7, 3].add_(5.0))
     assert code == 1 and f"The first tensor that differs is {name}.\n" in text
-    assert "model.layers.1.self_attn.mixed, the tensor before it in the trace, is equal." in text
-    assert "at row 0, token 7, feature 3: ours " in text
-    assert "1 of 14 rows differ, the first at token 7." in text and "Cause: not found" in text
+    assert f"{L1}self_attn.mixed, the tensor before it in the trace, is equal." in text
+    assert "is 5, at row 0, token 7, feature 3: ours " in text and "Cause: not found" in text
+    assert "1 of 14 tokens differ, the first at token 7 of row 0." in text
     assert "Later tensors that differ too: 0." in text
 
 
-@pytest.mark.parametrize("quantity", ["q_rotated", "mixed", "v_proj"])
-def test_axes_in_another_order_are_a_layout(quantity, changed):
-    name = f"model.layers.0.self_attn.{quantity}"
-
-    def transpose(tensors):
-        x = tensors[name]
-        tensors[name] = (x if x.ndim == 4 else x.unflatten(-1, (-1, 8))).transpose(1, 2)
-    code, text = changed(transpose)
-    letter = "K" if quantity == "v_proj" else "H"
-    assert code == 0 and f"Your layout differs in {quantity} of layer 0: its axes" in text
-    assert f"axes are in the order B {letter} S d instead of B S {letter} d" in text
-
-
-@pytest.mark.parametrize("by", [1, -1])
-def test_values_shifted_by_one_token_are_named(by, changed):
-    """Whatever is in the row that falls free."""
-    name = "model.layers.1.self_attn.v_proj"
-
-    def shift(tensors):
-        tensors[name] = tensors[name].roll(by, 1)
-        tensors[name][:, 0 if by > 0 else -1] = 7.0
-    code, text = changed(shift)
-    assert code == 1 and name in text and f"Cause: it is shifted by {by:+} token" in text
-
-
-def test_a_tensor_that_holds_another_one_is_named(changed):
-    name = "model.layers.1.input_layernorm"
-    code, text = changed(lambda t: t.update({name: t["model.layers.1.residual"]}))
-    assert code == 1 and "Cause: it holds our model.layers.1.residual" in text
-
-
 def test_a_step_in_lower_precision_is_named(changed):
-    name = "model.layers.0.post_attention_layernorm"
+    name = f"{L0}post_attention_layernorm"
     code, text = changed(lambda t: t.update({name: t[name].bfloat16().float()}))
-    assert code == 1 and "Cause: the numbers are rounded to bfloat16." in text
+    assert code == 1 and "Cause: it is rounded to bfloat16." in text
 
 
 CONFINED = [  # the tensor, what is changed in it, and where the verdict finds it
-    ("model.layers.1.self_attn.o_proj", (0, 7), "tokens 7."),
-    ("model.layers.1.self_attn.o_proj", (0, slice(4, 9)), "tokens 4 to 8."),
-    ("model.layers.1.self_attn.o_proj", (..., slice(16, 24)), "features 16 to 23."),
-    ("model.layers.1.self_attn.q_proj", (..., slice(8, 24)), "heads 1 to 2."),
-    ("model.layers.1.self_attn.k_rotated", (0, slice(1, None), 1), "all tokens but the first of "
-     "each row; key heads 1."),
-    ("model.layers.1.self_attn.mixed", (0, slice(0, 1)), "the first token of each row."),
-    ("model.layers.0.block_sparse_moe.gate", (..., 5), "experts 5."),
+    (f"{L1}self_attn.o_proj", (0, 7), "tokens 7."),
+    (f"{L1}self_attn.o_proj", (0, slice(4, 9)), "tokens 4 to 8."),
+    (f"{L1}self_attn.o_proj", (..., slice(16, 24)), "features 16 to 23."),
+    (f"{L1}self_attn.q_proj", (..., slice(8, 24)), "heads 1 to 2."),
+    (f"{L1}self_attn.k_rotated", (0, slice(1, None), 1), "all tokens but the first of each row; "
+     "key heads 1."),
+    (f"{L1}self_attn.mixed", (0, slice(0, 1)), "the first token of each row."),
+    (f"{L0}block_sparse_moe.gate", (..., 5), "experts 5."),
     ("lm_head", (..., slice(32, 37)), "token ids 32 to 36, from the last multiple of 8 on.")]
 
 
@@ -267,6 +244,7 @@ def test_a_difference_is_confined_along_each_axis(number, changed):
     """NaN and infinity point at their own elements, also beside a small error everywhere."""
     name, place, words = CONFINED[number]
     value = (None, math.nan, math.inf)[number % 3]
+
     def change(tensors):
         torch.manual_seed(0)
         x = tensors[name]
@@ -274,7 +252,8 @@ def test_a_difference_is_confined_along_each_axis(number, changed):
             x *= 1 + 0.1 * torch.rand_like(x)
         x[place] = x[place] + torch.rand_like(x[place]) if value is None else value
     code, text = changed(change)
-    assert code == 1 and f"It is confined to {words}" in text and "Cause: not found" in text, text
+    what = "It is" if value is None else "NaN or infinity is"
+    assert code == 1 and f"{what} confined to {words}" in text and "Cause: not found" in text, text
 
 
 def test_smooth_drift_is_told_from_a_jump(changed):
@@ -287,10 +266,6 @@ def test_smooth_drift_is_told_from_a_jump(changed):
                 tensors[name] = x * (1 + size * torch.randn_like(x))
     code, text = changed(noise)
     assert code == 1 and "Cause: no single operation. The error drifts" in text
-    [layers] = [line for line in text.splitlines() if "drifts" in line]
-    errors = [float(part.split(": ")[1]) for part in
-              layers.partition("per layer: ")[2].rstrip(".").split(", ")]
-    assert len(errors) >= 2 and errors == sorted(errors) and errors[0] > 2e-6
 
 
 def test_what_is_missing_in_theirs_bounds_the_place(changed):
@@ -307,13 +282,18 @@ def test_what_is_missing_in_theirs_bounds_the_place(changed):
     assert "Trace model.layers.1." in text
 
 
-def test_numbers_that_are_not_finite_are_reported(changed):
-    name = "model.layers.0.self_attn.o_proj"
-    code, text = changed(lambda tensors: tensors[name][0, 9, 0].fill_(float("nan")))
-    assert code == 1 and name in text and "Theirs has infinite numbers or NaN." in text
+def test_numbers_that_are_not_finite_prove_nothing():
+    args = compare.arguments([str(golden.HERE / "plain.safetensors")] * 2)
+    name, everything = "model.layers.0", torch.ones(14, dtype=torch.bool)
+    steps = compare.Steps(pair.Pair(args, {}))
+    for rows, proves in (slice(0), True), (slice(1), True), (slice(10), False):
+        def step(p, rows=rows):
+            return p.plain().index_fill(1, torch.arange(14)[rows], math.nan)
+        assert (steps.error(name, {name: step}, everything) < 1e-12) is proves
+    assert steps.error(name, {name: lambda p: p.plain() * math.inf}, everything) == math.inf
 
 
-# ------------------------------------------------------------------ names, shapes and tolerances
+# ------------------------------------------------------------------ names and shapes
 
 
 def test_joined_axes_and_a_missing_batch_axis_are_equal(changed):
@@ -324,7 +304,7 @@ def test_joined_axes_and_a_missing_batch_axis_are_equal(changed):
     assert changed(flatten)[0] == 0
 
 
-def test_names_can_be_mapped_and_tolerances_given(changed, tmp_path):
+def test_names_can_be_mapped(changed, tmp_path):
     def renamed(tensors):
         logits = tensors["lm_head"]
         tensors.clear()
@@ -334,8 +314,6 @@ def test_names_can_be_mapped_and_tolerances_given(changed, tmp_path):
     code, text = changed(renamed, "--names", names)
     assert code == 0 and "Compared 1 of 1 tensors" in text
     assert "It has other names too: extra." in text
-    assert changed(renamed, "--names", names, "--rtol", 0, "--atol", 1e-3)[0] == 0
-    assert changed(renamed, "--names", names, "--rtol", 0, "--atol", 1e-12)[0] == 1
 
 
 def test_all_lists_the_error_of_every_tensor(changed, honest):
@@ -350,7 +328,8 @@ def test_what_cannot_be_compared_ends_with_2_and_one_line(honest, tmp_path, verd
     path, ours = tmp_path / "theirs", honest[0]
     for content, words in (
             ({"tokens": torch.tensor([[1, 2]]), "lm_head": torch.ones(1)}, "the tokens differ"),
-            ({"other": torch.ones(1)}, "has none of our names")):
+            ({"model.lm_head": torch.ones(1)}, "has none of our names"),
+            ({"norm": torch.ones(1), "lm_head": torch.ones(1)}, "write `model.` before the names")):
         write_safetensors(path, content)
         code, text = verdict(ours=ours)
         assert code == 2 and words in text and text.count("\n") == 1
@@ -366,53 +345,24 @@ def test_what_cannot_be_compared_ends_with_2_and_one_line(honest, tmp_path, verd
     assert verdict(ours=ours, theirs=tmp_path / "absent")[0] == 2
 
 
-# ------------------------------------------------------------------ verdicts on golden files
+def test_the_last_token_only_gets_advice(judged):
+    tensors = golden_tensors("plain")
+    last = {"lm_head": tensors["lm_head"][:, -1], "model.norm": tensors["model.norm"]}
+    code, text = judged("plain", last)
+    assert code == 1 and "Write all of them, not only the last." in text
 
 
-def golden_tensors(case, kept=lambda name: True):
-    """What a correct port writes for a golden file."""
-    found = pair.read_file(golden.HERE / f"{case}.safetensors")[1]
-    return {name: x.clone() for name, x in found.items()
-            if not name.endswith(".weight") and kept(name)}
+# ------------------------------------------------------------------ rows of experts and of batches
 
 
-@pytest.fixture
-def judged(tmp_path, verdict):
-    """A function that writes the port's tensors for a golden file and returns the verdict."""
-    def run(case, tensors):
-        write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
-        return verdict(ours=golden.HERE / f"{case}.safetensors")
-    return run
-
-
-def test_every_cause_can_be_tested_on_padded_rows(judged):
-    tensors = golden_tensors("ragged", lambda name: name == "model.layers.0")
-    tensors["model.layers.0"] *= 1 + torch.linspace(0, 1, 27 * 16).view(3, 9, 16).sin()
-    code, text = judged("ragged", tensors)
-    assert code == 1 and "Cause: not found" in text and "could not be tested" not in text
-
-
-def test_numbers_that_are_not_finite_prove_nothing():
-    args = compare.arguments([str(golden.HERE / "plain.safetensors")] * 2)
-    both, name = pair.Pair(args, {}), "model.layers.0"
-    everything = torch.ones(14, dtype=torch.bool)
-    test = compare.Diagnosis(both, name, [], everything, everything, 1e-10)
-    mine = both.ours[name].clone()
-    mine[0, 0] = torch.nan
-    assert test.remaining(name, mine) == 0
-    mine[0, 1:10] = torch.nan
-    assert test.remaining(name, mine) == torch.inf
-    assert test.remaining(name, both.ours[name] * torch.inf) == torch.inf
-
-
-def test_rows_of_experts_that_are_numbered_from_the_start_of_a_call_are_named(judged):
+def test_rows_of_experts_that_are_numbered_from_the_start_of_a_call_are_found(judged):
     tensors = golden_tensors("chunked")
     wrong = [n for n in tensors if n.endswith(".tokens") and tensors[n].max() > 3]
     for name in wrong:
         tensors[name] = tensors[name] % 4
     code, text = judged("chunked", tensors)
-    assert code == 1 and "differs is model.layers.0.block_sparse_moe.experts.0.tokens." in text
-    assert "Cause: the numbers restart with each call of 4 tokens." in text
+    assert code == 1 and f"differs is {L0}block_sparse_moe.experts.0.tokens." in text
+    assert "Number tokens over all calls" in text
     assert f"Later tensors that differ too: {len(wrong) - 1}." in text
 
 
@@ -424,53 +374,23 @@ def test_rows_of_experts_can_be_in_any_order(judged):
     assert judged("plain", tensors)[0] == 0
 
 
-def test_a_factor_of_masked_scores_is_named_with_all_its_digits(judged):
-    name = "model.layers.0.self_attn.scores"
-    tensors = golden_tensors("plain", lambda n: ".0.self_attn" in n and word(n) in SCORES)
-    tensors[name] *= 1.25
-    assert "Cause: it is multiplied by 1.25. With it" in judged("plain", tensors)[1]
-    tensors[name] *= 0.8 * (1 + 1e-9)
-    assert "Cause: it is multiplied by 1.000000001. With it" in judged("plain", tensors)[1]
-
-
 def test_a_verdict_says_where_it_stopped_and_what_is_lacking(judged):
     tensors = golden_tensors("chunked", lambda name: "T" not in axes(name))
-    name = "model.layers.0.self_attn.mixed"
+    name, chosen = f"{L0}self_attn.mixed", f"{L0}block_sparse_moe.chosen"
     tensors[name] = tensors[name] + torch.linspace(1, 2, 17).view(1, 17, 1, 1)
-    chosen = "model.layers.0.block_sparse_moe.chosen"
     tensors[chosen] = 7 - tensors[chosen]
     code, text = judged("chunked", tensors)
     assert code == 1 and f"The comparison stopped at {chosen}, because other experts ran" in text
     assert "Cause: not found" in text and "Trace" not in text and "lacks" not in text
-    assert "ulps" not in text and " times |ours|) at row" in text
     del tensors["model.norm"]
     assert "The port's file lacks 1 of ours: model.norm." in judged("chunked", tensors)[1]
-
-
-def test_a_cause_that_contradicts_the_rows_of_an_expert_is_passed_over(judged):
-    at = "model.layers.0.block_sparse_moe.experts.1."
-    tensors = golden_tensors("three_experts", lambda name: name in (at + "w3", at + "hidden"))
-    tensors[at + "hidden"] = tensors[at + "hidden"].cos()
-    code, text = judged("three_experts", tensors)
-    assert code == 1 and "Cause: not found" in text
-
-
-def test_a_flip_is_no_second_error(judged):
-    tensors = port.run(port.known(golden.HERE / "tied.safetensors"), wrong={
-        "score": lambda q, k: q @ k.mT})
-    for name in list(tensors):
-        if name.endswith("gate"):
-            tensors[name] = tensors[name] * (1 + 1e-15 * torch.arange(8).double())  # other sums
-    text = judged("tied", tensors)[1]
-    assert causes_in(text)[0].startswith("it is multiplied by 2") and "another error" not in text
 
 
 def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(judged):
     ours = port.known(golden.HERE / "ragged.safetensors")
     tensors = {n: x for n, x in port.run(ours).items() if "T" not in axes(n)}
     real = torch.cat([torch.arange(9) < n for n in ours.lengths])
-    at, x = "model.layers.0.block_sparse_moe.experts.1.", ours.tensors[
-        "model.layers.0.post_attention_layernorm"]
+    at, x = f"{L0}block_sparse_moe.experts.1.", ours.tensors[f"{L0}post_attention_layernorm"]
     packed = {n: x[real] if axes(n)[0] == "N" else x.flatten(0, 1)[real]
               for n, x in tensors.items() if n != "tokens" and axes(n)[0] != "R"}
     packed[at + "w1"] = x.flatten(0, 1) @ ours.weights[at + "w1.weight"].T
@@ -481,12 +401,3 @@ def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(judged):
     assert judged("ragged", packed)[0] == (1 if taken == 7 else 0)
     packed[at + "w1"][taken] += 1.0
     assert judged("ragged", packed)[0] == 1
-
-
-def test_names_without_model_and_the_last_token_only_get_advice(judged):
-    tensors = golden_tensors("plain")
-    code, text = judged("plain", {n.removeprefix("model."): x for n, x in tensors.items()})
-    assert code == 2 and "write `model.` before the names" in text and text.count("\n") == 1
-    last = {"lm_head": tensors["lm_head"][:, -1], "model.norm": tensors["model.norm"]}
-    code, text = judged("plain", last)
-    assert code == 1 and "Write all of them, not only the last." in text
