@@ -512,7 +512,7 @@ def read_mixture(p, theirs):
         usual = torch.zeros_like(p["gate"]).scatter_(
             1, chosen.clamp(min=0), p["weights"] * (chosen >= 0))
         found = torch.linalg.lstsq(outputs.mT, theirs.reshape(len(usual), -1, 1)).solution[..., 0]
-        found = found.where((found - usual).abs() > 1e-4, usual).where(found.abs() > 1e-12, 0.0)
+        found = found.where((found - usual).abs() > 1e-4, usual).where(found.abs() > 1e-6, 0.0)
         text = listed(f"{found[n, e]:.4g} instead of {usual[n, e]:.4g} for expert {e} at token "
                       f"{n % p.S}" for n, e in (found != usual).nonzero().tolist())
         yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(

@@ -310,8 +310,8 @@ class Steps:
             error = max(row_errors(ours, back)[self.pair.real[tokens]].tolist(), default=math.inf)
             if error <= limit and not found:
                 found.append((text, error, {}))
-        least = 4 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
-        ranked = [((error > least, *map(len, after[1:])), text, error, after)
+        least = 16 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
+        ranked = [((error > least, *map(len, after[1:]), READ in text), text, error, after)
                   for text, error, changes in found for after in [self.follow(name, changes)]]
         best = min((cause[0] for cause in ranked), default=None)
         return [cause[1:] for cause in ranked if cause[0] == best]
@@ -604,7 +604,7 @@ class Comparison:
             lines.append(f"The port makes the same error in {summary(same)}.")
         if spoilt:
             lines.append(f"It does not make it in {summary(spoilt)}.")
-        others = [other for other, *_ in causes[1:] if READ not in other and other != text]
+        others = [other for other, *_ in causes[1:] if other != text]
         if others and READ not in text:
             lines.append("The same numbers would follow if "
                          f"{'; or if '.join([*dict.fromkeys(others)][:3])}.")
