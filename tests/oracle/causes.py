@@ -197,14 +197,13 @@ def other_positions(p):
     yield "rows continue the positions of the row before", at + lengths.cumsum(0) - lengths
     yield "positions are columns of rows padded on the left", at + lengths.max() - lengths
     yield "positions are rounded to bfloat16", at.bfloat16().double()
-    for calls in calls_of(p.run.trace):
-        how, start = f", with {calls.text}", calls.start
-        yield f"positions restart with each call{how}", at - start
-        yield f"all tokens of a call get the position of its first one{how}", start + first
+    for _, start, _, size in calls_of(p.run.trace):
+        yield "positions restart with each call", at - start
+        yield "all tokens of a call get the position of its first one", start + first
         for n in (1, -1):
-            yield f"positions are shifted by {n:+} after the first call{how}", at + n * (start > 0)
-        for C in {p.W, p.W + calls.size - 1} if p.W else ():
-            yield f"slots are used as positions: p mod C{how} and C = {C}", at % C
+            yield f"positions are shifted by {n:+} after the first call", at + n * (start > 0)
+        for C in {p.W, p.W + size - 1} if p.W else ():
+            yield f"slots are used as positions: p mod {C}", at % C
 
 
 def rotations(p, theirs):
@@ -272,22 +271,20 @@ def other_masks(p):
     for text, last in ("to the next token", i + 1), ("without its own key", i - 1), (
             "and later tokens", every):
         yield f"queries see the keys of the window, {text}", p.visible(window, last)
-    for calls in calls_of(p.run.trace):
-        how, start, end = f", with {calls.text}", calls.start, calls.end
-        yield (f"a call does not see the keys of earlier calls{how}",
-               p.visible(start.maximum(window)))
-        yield f"queries see later tokens of the same call{how}", p.visible(window, end - 1)
-        yield (f"calls after the first have no causal mask inside{how}",
+    for _, start, end, size in calls_of(p.run.trace):
+        yield "a call does not see the keys of earlier calls", p.visible(start.maximum(window))
+        yield "queries see later tokens of the same call", p.visible(window, end - 1)
+        yield ("calls after the first have no causal mask inside",
                p.visible() | p.visible(start.where(start > 0, every), end - 1))
-        yield f"all queries of a call use the mask of its first one{how}", p.visible().gather(
+        yield "all queries of a call use the mask of its first one", p.visible().gather(
             1, start.clamp(max=p.S - 1)[..., None].expand(-1, -1, p.S))
-        for C in range(max(calls.size, p.W), p.W + calls.size) if p.W else ():
-            kept, slot, size = end - C, torch.arange(p.S) % C, f"{C} slots{how}"
-            yield (f"the rolling buffer is too small: {size} lose keys that are needed",
+        for C in range(max(size, p.W), p.W + size) if p.W else ():
+            kept, slot = end - C, torch.arange(p.S) % C
+            yield (f"the rolling buffer is too small: {C} slots lose keys that are needed",
                    p.visible(kept.maximum(window)))
-            yield (f"the window is off by one in a buffer of {size}",
+            yield (f"the window is off by one in a buffer of {C} slots",
                    p.visible(kept.maximum(window - 1)))
-            yield (f"slots are read as positions by the mask, {size}", p.visible(kept, end - 1)
+            yield (f"slots are read as positions by the mask, {C} slots", p.visible(kept, end - 1)
                    & (slot <= i[..., None]) & (slot >= window[..., None]))
 
 
@@ -302,8 +299,8 @@ def attention_scores(p, theirs):
     for text, mask in itertools.chain(other_masks(p), read):
         yield text, lambda p, mask=mask: p.scores(mask)
     for calls in calls_of(p.run.trace):
-        yield (f"keys are rotated again by every later call, with {calls.text}",
-               lambda p, calls=calls: p.scores(k=rotated_again(p, calls)))
+        yield ("keys are rotated again by every later call",
+               lambda p: p.scores(k=rotated_again(p, calls)))
 
 
 def rotated_again(p, calls):

@@ -115,8 +115,7 @@ def token_patterns(pair, name, own):
     yield "the first token of each row", {n for n in own if n % S == 0}
     yield "all tokens but the first of each row", {n for n in own if n % S}
     yield "the last token of each row", {*{n // S: n for n in own}.values()}
-    for calls in calls_of(pair.trace) if pair.trace.chunk else ():
-        number, start = calls.number.flatten(), calls.start.flatten()
+    for number, start in ((x.flatten() for x in calls[:2]) for calls in calls_of(pair.trace)):
         yield "the first token of each call", {n for n in own if start[n] == n % S}
         for at in range(1, int(number.max()) + 1):
             found = {n for n in own if number[n] >= at}
@@ -424,9 +423,6 @@ class Comparison:
         lines = [f"{int(bad.sum())} of {len(bad)} tokens differ, the first at token {first} of row "
                  f"{row}. The largest error of a token is {error:.2g}; rounding explains "
                  f"{limit:.2g}."]
-        if pair.trace.chunk and first and first % pair.trace.chunk == 0 and not pair.trace.calls:
-            lines.append(f"Token {first} is the first of a call of {pair.trace.chunk} tokens, "
-                         "which points to the cache.")
         marked = torch.zeros_like(pair.real).index_fill_(0, tokens[bad], True)
         return lines + self.cause(name, marked, limit, error, error <= limits[1])
 
@@ -688,8 +684,7 @@ def arguments(argv):
                    help="the checkpoint of a trace, so that causes far from the difference can be "
                         "tested; golden files hold their weights")
     p.add_argument("--chunk", type=int, metavar="N", default=0,
-                   help="tokens per call of the port (default: that of the golden file, else "
-                        "powers of two are tried)")
+                   help="tokens per call of the port (default: as in the golden file)")
     p.add_argument("--all", action="store_true", help="list the error of every tensor")
     return p.parse_args(argv)
 

@@ -310,8 +310,7 @@ SEEDS = [
      "chunked"),
     (placed(lambda p: p * 0 + now.start[:, None]), "all tokens of a call get the position of its",
      "q_rotated", "chunked"),
-    (placed(lambda p: p % 8), "slots are used as positions: p mod C, with calls of 4 tokens and C "
-     "= 8", "q_rotated", "chunked"),
+    (placed(lambda p: p % 8), "slots are used as positions: p mod 8", "q_rotated", "chunked"),
     (placed(lambda p: p + (now.call > 0)), "positions are shifted by +1 after the first call",
      "q_rotated", "serving"),
     (one_side(2, lambda p: p + (now.call > 0)), "positions are shifted by +1 after the first call",

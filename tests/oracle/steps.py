@@ -40,32 +40,26 @@ class Trace(NamedTuple):
 
 
 class Calls(NamedTuple):
-    """How a port may read the tokens: for each token the call, its first token and its end."""
+    """How a port reads the tokens: for each token the call, its first token and its end, (B, S)."""
 
-    text: str
-    number: Tensor  # (B, S), as are the others
+    number: Tensor
     start: Tensor
     end: Tensor
     size: int  # the tokens of the largest call
 
 
 def calls_of(trace):
-    """The calls of the port; if they are not known, calls of a power of two tokens."""
+    """The Calls of the port in a list, which is empty if all tokens are read at once."""
     B, S = trace.tensors["tokens"].shape
-    if trace.calls:
-        return [split("the calls of the file", list(zip(*trace.calls, strict=True)), S)]
-    sizes = [trace.chunk] if trace.chunk else [2 ** n for n in range(S.bit_length()) if 2 ** n < S]
-    return [split(f"calls of {c} tokens", [[c] * (S // c)] * B, S) for c in sizes]
-
-
-def split(text, rows, S):
-    """The Calls in which row r reads rows[r] tokens one after another, of S with the rest."""
+    if not trace.chunk:
+        return []
+    rows = zip(*trace.calls, strict=True) if trace.calls else [[trace.chunk] * (S // trace.chunk)] * B
     parts = []
-    for sizes in rows:
+    for sizes in rows:  # the rest of a row is the last call
         sizes = torch.tensor([*sizes, S - sum(sizes)])
         end, number = sizes.cumsum(0), torch.arange(len(sizes)).repeat_interleave(sizes)
         parts.append(torch.stack((number, (end - sizes)[number], end[number])))
-    return Calls(text, *torch.stack(parts, 1), max(map(max, rows)))
+    return [Calls(*torch.stack(parts, 1), trace.chunk)]
 
 
 class Pairing(NamedTuple):
