@@ -298,13 +298,13 @@ def attention_scores(p, theirs):
     read = () if theirs is None else read_mask(p, theirs > theirs.amax(-1, keepdim=True) - 104)
     for text, mask in itertools.chain(other_masks(p), read):
         yield text, lambda p, mask=mask: p.scores(mask)
-    for calls in calls_of(p.run.trace):
-        yield ("keys are rotated again by every later call",
-               lambda p: p.scores(k=rotated_again(p, calls)))
+    if calls_of(p.run.trace):
+        yield "keys are rotated again by every later call", lambda p: p.scores(k=rotated_again(p))
 
 
-def rotated_again(p, calls):
+def rotated_again(p):
     """Keys (B, S, T, K, d) as each query sees them, turned once more by every call in between."""
+    [calls] = calls_of(p.run.trace)
     again = (calls.number[:, :, None] - calls.number[:, None]).clamp(min=0)
     angle = p.angles()[:, None] * again[..., None, None]
     return turn(p["k_rotated"][:, None], angle.cos(), angle.sin())

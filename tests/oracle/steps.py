@@ -53,8 +53,8 @@ def calls_of(trace):
     B, S = trace.tensors["tokens"].shape
     if not trace.chunk:
         return []
-    rows = zip(*trace.calls, strict=True) if trace.calls else [[trace.chunk] * (S // trace.chunk)] * B
-    parts = []
+    rows, parts = [[trace.chunk] * (S // trace.chunk)] * B, []
+    rows = zip(*trace.calls, strict=True) if trace.calls else rows
     for sizes in rows:  # the rest of a row is the last call
         sizes = torch.tensor([*sizes, S - sum(sizes)])
         end, number = sizes.cumsum(0), torch.arange(len(sizes)).repeat_interleave(sizes)

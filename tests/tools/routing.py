@@ -1,7 +1,7 @@
-"""Show which experts the tokens of a text are routed to: `python tests/oracle/routing.py --help`.
+"""Show which experts the tokens of a text are routed to: `python tests/tools/routing.py --help`.
 
-    python tests/oracle/routing.py --prompt "Once upon a time" --max-new-tokens 40
-    python tests/oracle/routing.py --html routing.html < story.txt
+    python tests/tools/routing.py --prompt "Once upon a time" --max-new-tokens 40
+    python tests/tools/routing.py --html routing.html < story.txt
 
 It prints a table of all layers. An assignment is a pair of a token and an expert chosen for it, so
 a text of N tokens has A·N of them in each layer. The load of an expert is its share of the
@@ -13,7 +13,7 @@ holds what random routing gives: 1/E, 1/E and 1 − C(E−A, A)/C(E, A).
 of every token. --svg draws the first, middle and last layer, as Figure 8 of the paper does. These
 commands make the picture of the README, in float64 so that it does not depend on the machine:
 
-    python tests/oracle/routing.py --prompt "Once upon a time" --max-new-tokens 70 \\
+    python tests/tools/routing.py --prompt "Once upon a time" --max-new-tokens 70 \\
         --svg tiny/routing.svg
 
 `generate.py --experts` colours the text on the terminal.
@@ -28,16 +28,17 @@ import math
 import re
 import sys
 from pathlib import Path
-from trace import add_model_arguments, exit_code, load_model, recording  # beside this file
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "oracle"), str(ROOT), str(ROOT / "tiny")]
+from trace import add_model_arguments, exit_code, load_model, recording
 
 import torch
+from card import COLOURS, routing_table
 
 from convert import check_output, complete_or_absent
-from generate import TINY, check_options, generate, new_cache
+from generate import check_options, generate, new_cache
 from tokenizer import Tokenizer
-
-sys.path.append(str(TINY))
-from card import COLOURS, routing_table
 
 PAGE = Path(__file__).with_name("routing.html")
 CHUNK = 256  # tokens per chunk of a cache
