@@ -92,8 +92,6 @@ NORM_RULES = {
     "the norm reads the input of the layer": lambda p: p.product(x=p["stream"]),
     "the mean is subtracted: LayerNorm instead of RMSNorm": lambda p: p.product(
         x=p.source() - p.source().mean(-1, keepdim=True)),
-    "the variance takes the place of the mean of squares": lambda p: p.product(
-        scale=lambda x, eps: x * (x.var(-1, correction=0, keepdim=True) + eps).rsqrt()),
     "the norm divides by the mean of squares, without the root": lambda p: p.product(
         scale=lambda x, eps: x / (mean_square(x) + eps)),
     "ε is added after the root instead of before it": lambda p: p.product(
@@ -155,11 +153,8 @@ HEAD_ROWS = {
         *NEIGHBOURS.take(p.plain().unflatten(-1, (-1, p.d)))).flatten(-2)}
 HEAD_OUTPUTS = {
     "the heads are not transposed back: the rows of the heads follow one another":
-        lambda p: p.product(x=p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1)),
-    "o_proj reads the features of the heads in the order d·H instead of H·d":
-        lambda p: p.product(x=p["mixed"].transpose(2, 3).flatten(2))}
-LOGITS = {"the logits are replaced by their softmax": lambda p: p.plain().softmax(-1),
-          "the logits are replaced by their log-softmax": lambda p: p.plain().log_softmax(-1)}
+        lambda p: p.product(x=p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1))}
+LOGITS = {"the logits are replaced by their softmax": lambda p: p.plain().softmax(-1)}
 ROUNDED = {f"it is rounded to {str(dtype)[6:]}": lambda p, dtype=dtype: p.plain().to(dtype).double()
            for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 CAPS = {f"it is capped as {c:g}·tanh(x/{c:g})": lambda p, c=c: (c * (p.plain() / c).tanh()).where(
@@ -330,9 +325,7 @@ SOFTMAX = {
         p.scores(hide=False).softmax(-1) * p.visible()[:, None]),
     "the exponentials are not divided by their sum": lambda p: (
         p["scores"] - p["scores"].amax(-1, keepdim=True)).exp()}
-VALUES = {
-    "keys take the place of values": lambda p: p.mixed(p["k_rotated"]),
-    "values are rotated like keys": lambda p: p.mixed(p.rotated(x=p.heads("v_proj")))}
+VALUES = {"keys take the place of values": lambda p: p.mixed(p["k_rotated"])}
 HEADS = {"query head h uses key/value head h mod K instead of h // (H/K)": lambda p: (
     p.scores if p.word == "scores" else p.mixed)(modulo=True)}
 
@@ -393,7 +386,6 @@ def sums(p, theirs):
 CHOICES = {
     "of equal logits, the expert with the higher index is chosen": lambda p: (
         p.E - 1 - p.choose(p["gate"].flip(1))).where(p.real().view(-1, 1), -1),
-    "the experts with the largest absolute logits are chosen": lambda p: p.choose(p["gate"].abs()),
     "the ids of experts are counted from 1": lambda p: p.plain() + 1}
 
 
@@ -441,16 +433,6 @@ WEIGHTS = {
         lambda p: p.shares().gather(1, p["chosen"].argsort(1).argsort(1))}
 
 
-def read_temperature(p, theirs):
-    """A factor of the logits before the softmax."""
-    if theirs is not None and p.A > 1:
-        x = p.chosen_logits()
-        slope = ((theirs[:, 0] / theirs[:, -1]).log() / (x[:, 0] - x[:, -1])).nanmedian().item()
-        for t in nice(slope):
-            yield f"{READ}the logits are multiplied by {t:g} before the softmax", lambda p, t=t: (
-                p.chosen_logits() * t).softmax(-1)
-
-
 def weight_inside(p, theirs):
     """The routing weight inside an expert, and perhaps also in the sum."""
     def weighted(p):
@@ -470,8 +452,7 @@ ACTIVATIONS = {
 ARRANGEMENTS = {"{} takes the place of silu": lambda g, u, f: f(g) * u,
                 "{} is applied to w3·x instead of w1·x": lambda g, u, f: f(u) * g,
                 "{} is applied to the product of w1·x and w3·x": lambda g, u, f: f(g * u),
-                "{} is not multiplied by w3·x": lambda g, u, f: f(g),
-                "{} is multiplied by w3·x + 1": lambda g, u, f: f(g) * (u + 1)}
+                "{} is not multiplied by w3·x": lambda g, u, f: f(g)}
 
 
 def activations(p, theirs):
@@ -512,8 +493,9 @@ def read_mixture(p, theirs):
         found = found.where((found - usual).abs() > 1e-4, usual).where(found.abs() > 1e-6, 0.0)
         text = listed(f"{found[n, e]:.4g} instead of {usual[n, e]:.4g} for expert {e} at token "
                       f"{n % p.S}" for n, e in (found != usual).nonzero().tolist())
-        yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(
-            "ne,ned->nd", found, outputs).view_as(p["residual"])
+        if text:
+            yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(
+                "ne,ned->nd", found, outputs).view_as(p["residual"])
 
 
 QK = "q_rotated k_rotated"
@@ -526,8 +508,8 @@ GUESSES = [  # the quantities, and what is guessed about them
     ("scores mixed", HEADS), ("probabilities", SOFTMAX), ("probabilities", visible_keys),
     ("mixed", VALUES), ("mixed", visible_keys), ("mixed", read_padding), ("residual", sums),
     ("layer", sums), ("chosen", CHOICES), ("chosen", ranks), ("chosen", never_chosen),
-    ("weights", WEIGHTS), ("weights", read_temperature), ("w1", weight_inside),
-    ("hidden", weight_inside), ("w2", weight_inside), ("hidden", activations),
+    ("weights", WEIGHTS), ("w1", weight_inside), ("hidden", weight_inside),
+    ("w2", weight_inside), ("hidden", activations),
     ("block_sparse_moe", MIXTURES), ("block_sparse_moe", read_mixture),
     *((name, guess) for name in STEPS for guess in (factors, ROUNDED)
       if name not in ("chosen", "tokens")),

@@ -366,9 +366,10 @@ class Comparison:
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
         self.compared, self.layouts = 0, {}  # the text of each layout by the name of its tensor
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
+        self.before = pair.port._replace(tensors=dict(pair.port.tensors))  # in its own layouts
 
     def walk(self):
-        layer, before = None, self.pair.port._replace(tensors=dict(self.pair.port.tensors))
+        layer = None
         for name in self.pair.order:
             if name not in self.pair.shared:
                 continue
@@ -384,12 +385,12 @@ class Comparison:
                 continue
             self.different.append(name)
             if self.first is None:
-                self.blame(self.culprit(name, before), before)
+                self.blame(self.culprit(name))
             if word(name) == "chosen":
                 break  # other experts ran: nothing that follows can be compared
         if unused := self.first is None and [n for n in self.layouts if not self.used(n)]:
             self.different = unused
-            self.blame(unused[0], before)
+            self.blame(unused[0])
         return self
 
     def difference(self, name):
@@ -467,6 +468,9 @@ class Comparison:
             if all(self.worst(n) <= 1 for n in pair.shared
                    if n.startswith(at) and word(n) in ("gate", "chosen", "w1")):
                 self.layouts[name] = text
+                self.before = pair.port._replace(tensors={
+                    n: x if n.startswith(at) else self.before.tensors[n]
+                    for n, x in pair.port.tensors.items()})
                 return True
             pair.theirs, pair.port = kept
         for text, back in maps(pair, name):
@@ -478,16 +482,16 @@ class Comparison:
                 return True
         return False
 
-    def culprit(self, name, before):
+    def culprit(self, name):
         """The tensor in which the error behind a difference is: it, or what looked like a layout.
 
         The step of a tensor is wrong if it would give our numbers from what the port has before
         it, in its own layout. Otherwise what it is computed from is wrong.
         """
-        if not self.own_step(name, before):
+        if not self.own_step(name):
             for other in self.layouts:
                 if self.used(other, name):
-                    return self.culprit(other, before)
+                    return self.culprit(other)
         return name
 
     def used(self, name, by=None):
@@ -496,18 +500,18 @@ class Comparison:
         return any(name in Run(without(port, other)).lacking(other) for other in (
             [by] if by else self.equal) if other != name)
 
-    def blame(self, name, before):
+    def blame(self, name):
         """Describe a difference as the first. What looked like a layout since then is none."""
         if name in self.layouts:
-            self.pair.port = before
+            self.pair.port = self.before
             at = list(self.layouts).index(name)
             self.layouts = dict(list(self.layouts.items())[:at])
         self.first = name, self.difference(name)()
 
-    def own_step(self, name, before):
+    def own_step(self, name):
         """Whether our step gives our numbers from what the port computed in its own layout."""
         try:
-            mine, ours = computed(before, name), self.pair.ours[name]
+            mine, ours = computed(self.before, name), self.pair.ours[name]
         except UNFIT:
             return False
         if mine.shape != ours.shape or not mine.is_floating_point():
@@ -691,12 +695,10 @@ def arguments(argv):
 
 def read_names(path):
     try:
-        names = json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
-        raise IncomparableError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(names, dict):
-        raise IncomparableError(f"{path}: must hold an object {{their name: our name}}")
-    return names
+        return {**json.loads(path.read_text(encoding="utf-8"))} if path else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise IncomparableError(f"{path}: not readable as a JSON object {{their name: our name}}: "
+                                f"{error}") from None
 
 
 @torch.inference_mode()

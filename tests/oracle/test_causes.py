@@ -70,11 +70,10 @@ def first_difference(text):
 # ------------------------------------------------------------------ causes
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("number", range(len(SEEDS)), ids=lambda n: f"{SEEDS[n][1][:40]} {n}")
-def test_a_seeded_error_is_named_from_a_full_trace(number, verdict):
-    """In float64 and float32 alternately, to save time."""
+def test_a_seeded_error_is_named_from_a_full_trace(number, dtype, verdict):
     wrong, cause, place, case, *rest = SEEDS[number]
-    dtype = (torch.float64, torch.float32)[number % 2]
     code, text = verdict(case, ported(case, wrong, *rest, dtype=dtype))
     assert code == 1 and first_difference(text).endswith(place), text
     assert causes_in(text)[0].startswith(cause), text
@@ -87,7 +86,7 @@ def is_layer(name):
 
 
 @pytest.mark.parametrize("kept, seeds", [
-    (is_layer, SEEDS[4::20]), (lambda name: name in ("tokens", "lm_head"), [
+    (is_layer, SEEDS[2::20]), (lambda name: name in ("tokens", "lm_head"), [
         seed for seed in SEEDS if "multiplied by 2" in seed[1]])], ids=["layers", "logits"])
 def test_most_errors_are_named_from_coarse_traces(kept, seeds, verdict):
     """From the outputs of layers only or the logits only. Some seeds are enough."""
@@ -192,7 +191,7 @@ def test_a_factor_is_named_only_if_it_makes_the_tensors_equal(name, factor, spre
 
 
 @pytest.mark.parametrize("cause", ["the window is off by one: 6", "angles are multiplied by 2",
-                                   "gelu takes the place of silu", "the softmax is taken twice"])
+                                   "gelu takes the place of silu", "a normalised sigmoid takes"])
 def test_a_cause_that_only_nearly_fits_is_not_named(cause, verdict):
     """With another error of one part in a thousand in the same tensor."""
     [(wrong, _, _, case)] = [seed for seed in SEEDS if seed[1].startswith(cause)]
@@ -243,48 +242,34 @@ def test_a_port_that_prefers_the_higher_of_its_own_equal_logits_is_wrong(verdict
 def perturbed(tensors, draw):
     """Moves some numbers of a tensor by 10 to 10⁶ units in the last place, or swaps two parts.
 
-    Returns the tensors, the changed name, and what the verdict may name, if it names a cause.
+    Returns the tensors, the changed name, and the parts that were swapped: what may be named.
     """
-    name = draw.choice([name for name, x in tensors.items()
-                        if x.is_floating_point() and not name.endswith("margin")])
-    x = tensors[name].clone()
-    kind = draw.choice(["element", "row", "feature", "third", "all", "rows", "heads", "experts"])
-    if kind == "rows":
-        rows = x.movedim(axes(name).index("S"), 0) if "S" in axes(name) else x
-        swap(rows, draw)
-        return tensors | {name: x}, name, "token"
-    if kind == "heads":
-        names = [n for n in tensors if {"H", "K"} & set(axes(n)) and n != "tokens"]
-        name = draw.choice(names)
-        x = tensors[name].clone()
-        swap(x.movedim(2 if axes(name)[-1] == "d" else 1, 0), draw)
-        return tensors | {name: x}, name, "head"
-    if kind == "experts":
+    kind = draw.choice(["element", "row", "feature", "third", "all", "token", "head", "expert"])
+    if kind == "expert":
         group = f"model.layers.{draw.choice([0, 1])}.block_sparse_moe.experts."
-        found = sorted({pair.parse(n)[2] for n in tensors if n.startswith(group)})
-        a, b = draw.sample(found, 2)
-        both = [n for n in tensors if n.startswith((f"{group}{a}.", f"{group}{b}."))]
-        return {n: x for n, x in tensors.items() if n not in both} | {n.replace(
-            f".{a}.", ".?.").replace(f".{b}.", f".{a}.").replace(".?.", f".{b}."): tensors[n]
-            for n in both}, group, "expert"
+        a, b = draw.sample(sorted({n.split(".")[5] for n in tensors if n.startswith(group)}), 2)
+        renamed = {f"{group}{a}": f"{group}{b}", f"{group}{b}": f"{group}{a}"}
+        return {renamed.get(n.rpartition(".")[0], n.rpartition(".")[0]) + n[n.rfind("."):]
+                if "." in n else n: x for n, x in tensors.items()}, group, kind
+    name = draw.choice([name for name, x in tensors.items() if x.is_floating_point() and (
+        word(name) != "margin") and (kind != "head" or {"H", "K"} & set(axes(name)))])
+    x = tensors[name].clone()
+    if kind in ("token", "head"):
+        axis = [n for n, letter in enumerate(axes(name)) if letter in {
+            "token": "SNR", "head": "HK"}[kind]][0]
+        parts = x.movedim(axis, 0)
+        a, b = draw.choices(range(len(parts)), k=2)
+        parts[[a, b]] = parts[[b, a]]
+        return tensors | {name: x}, name, kind
     bits = x.view({8: torch.int64, 4: torch.int32}[x.itemsize])
-    touched, place = torch.zeros(x.shape, dtype=torch.bool), [draw.randrange(n) for n in x.shape]
-    if kind == "third":
-        touched = torch.rand(x.shape) < 0.3
-    else:
-        touched[{"element": tuple(place), "row": tuple(place[:-1]), "feature": (..., place[-1]),
-                 "all": ...}[kind]] = True
+    place = tuple(draw.randrange(n) for n in x.shape)
+    touched = torch.rand(x.shape) < (0.3 if kind == "third" else 0)
+    touched[{"element": place, "row": place[:-1], "feature": (..., place[-1]),
+             "third": place, "all": ...}[kind]] = True
     ulps = 10 ** draw.uniform(1, 6) * (torch.randint(0, 2, x.shape) * 2 - 1)
     ulps = ulps * torch.rand(x.shape) if draw.random() < 0.5 else ulps
     bits += (ulps * (touched & x.isfinite())).to(bits.dtype)
     return tensors | {name: x}, name, None
-
-
-def swap(x, draw):
-    """Exchange two slices along the first axis."""
-    if len(x) > 1:
-        a, b = draw.sample(range(len(x)), 2)
-        x[[a, b]] = x[[b, a]]
 
 
 def test_no_cause_is_named_for_random_perturbations_of_a_correct_trace(verdict):
@@ -306,8 +291,8 @@ def test_no_cause_is_named_for_random_perturbations_of_a_correct_trace(verdict):
         if code == 1:
             assert first_difference(text).startswith(name), (seed, text)
             named = re.search(r"Cause: (?!not found|no single operation)(.*)", text)
-            assert not named or swapped and swapped in named[1] and "exchanged" in named[1], (
-                seed, text)
+            swap = named and swapped and re.search(f"{swapped}.*(exchanged|that of)|that of.*expert", named[1])
+            assert not named or swap, (seed, text)
         else:
             assert code == 0 and (swapped == "head" or "layout" not in text), (seed, text)
 
@@ -372,11 +357,10 @@ LAYOUTS = [
       "softmax": lambda s: (s * math.log(2)).softmax(-1)}, None, "scores")]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("number", range(len(LAYOUTS)))
-def test_a_layout_is_no_error_and_the_comparison_goes_on_behind_it(number, verdict):
-    """In float64 and float32 alternately, to save time."""
+def test_a_layout_is_no_error_and_the_comparison_goes_on_behind_it(number, dtype, verdict):
     wrong, weights, place = LAYOUTS[number]
-    dtype = (torch.float64, torch.float32)[number % 2]
     tensors = ported("plain", wrong, weights, dtype=dtype)
     code, text = verdict("plain", tensors)
     assert code == 0 and re.search(rf"Your layout differs in .*{place}.*no error", text), text
