@@ -76,3 +76,35 @@ def pytest_sessionfinish():
 def beside(request):
     """What the function of the test's mark `beside` has returned."""
     return BESIDE[request.node.get_closest_marker("beside").kwargs["run"]].result()
+
+
+@pytest.fixture
+def verdict(tmp_path, capsys, monkeypatch):
+    """A function that runs tests/oracle/compare.py and returns its exit code and its text.
+
+    Ours is the name of a golden file or a path, theirs a dict of tensors or a path. Golden files
+    are read once, to save time.
+    """
+    import compare  # here, because it needs the paths that pytest sets
+    import golden
+    import pair
+
+    def read_once(path, original=pair.read_file):
+        if path.parent == golden.HERE and path not in GOLDEN:
+            GOLDEN[path] = original(path)
+        metadata, tensors = GOLDEN.get(path) or original(path)
+        return metadata, dict(tensors)
+    monkeypatch.setattr(pair, "read_file", read_once)
+
+    def run(ours, theirs, *options):
+        if isinstance(theirs, dict):
+            write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in theirs.items()})
+            theirs = tmp_path / "theirs"
+        ours = golden.HERE / f"{ours}.safetensors" if isinstance(ours, str) else ours
+        code = compare.main([str(ours), str(theirs), *map(str, options)])
+        out, error = capsys.readouterr()
+        return code, out + error
+    return run
+
+
+GOLDEN = {}

@@ -283,13 +283,16 @@ def other_masks(p):
                    & (slot <= i[..., None]) & (slot >= window[..., None]))
 
 
+SCORES = {
+    "queries and keys are used without their rotation":
+        lambda p: p.scores(q=p.heads("q_proj"), k=p.heads("k_proj")),
+    "keys are used without their rotation, as if cached before it":
+        lambda p: p.scores(k=p.heads("k_proj")),
+    "there is no mask: every query sees every token": lambda p: p.scores(hide=False)}
+
+
 def attention_scores(p, theirs):
-    """Another mask, or other queries, keys or functions of the scores."""
-    yield "queries and keys are used without their rotation", lambda p: p.scores(
-        q=p.heads("q_proj"), k=p.heads("k_proj"))
-    yield "keys are used without their rotation, as if cached before it", lambda p: p.scores(
-        k=p.heads("k_proj"))
-    yield "there is no mask: every query sees every token", lambda p: p.scores(hide=False)
+    """Another mask, or keys that later calls changed."""
     read = () if theirs is None else read_mask(p, theirs > theirs.amax(-1, keepdim=True) - 104)
     for text, mask in itertools.chain(other_masks(p), read):
         yield text, lambda p, mask=mask: p.scores(mask)
@@ -504,7 +507,8 @@ GUESSES = [  # the quantities, and what is guessed about them
     *((words, products) for words in (*LINEAR, "q_proj k_proj v_proj", "gate w1 w3")),
     *((last, substitutes) for last in NORMS + LINEAR),
     ("q_proj k_proj", HEAD_ROWS), ("o_proj", HEAD_OUTPUTS), ("gate lm_head", LOGITS),
-    ("gate lm_head scores", CAPS), (QK, ROTATIONS), (QK, rotations), ("scores", attention_scores),
+    ("gate lm_head scores", CAPS), (QK, ROTATIONS), (QK, rotations), ("scores", SCORES),
+    ("scores", attention_scores),
     ("scores mixed", HEADS), ("probabilities", SOFTMAX), ("probabilities", visible_keys),
     ("mixed", VALUES), ("mixed", visible_keys), ("mixed", read_padding), ("residual", sums),
     ("layer", sums), ("chosen", CHOICES), ("chosen", ranks), ("chosen", never_chosen),

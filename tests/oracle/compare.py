@@ -215,12 +215,8 @@ class Steps:
         self.pair, self.limit, self.untested = pair, 8 * pair.rounding, set()
 
     @functools.cached_property
-    def names(self):
-        return [n for n in self.pair.port.tensors if word(n) != "tokens"]
-
-    @functools.cached_property
     def wrong(self):
-        return [n for n in self.names if self.fails(n)]
+        return [n for n in self.pair.port.tensors if self.fails(n)]
 
     def error(self, name, changes=None, bad=None):
         """The largest error of a quantity, with changes. Raises one of UNFIT.
@@ -256,7 +252,7 @@ class Steps:
     def fails(self, name, changes=None):
         """Whether a quantity is certainly wrong."""
         try:
-            return self.error(name, changes) > self.limit
+            return word(name) != "tokens" and self.error(name, changes) > self.limit
         except UNFIT:
             return False
 
@@ -318,7 +314,7 @@ class Steps:
     def follow(self, name, changes):
         """The other wrong steps that changes explain, those they do not, and those they spoil."""
         same, rest, spoilt = [], [], []
-        for other in self.names:
+        for other in self.pair.shared:
             lacking = Run(without(self.pair.port, other)).lacking(other)
             touched = any({n, parse(n)[0]} & changes.keys() for n in lacking)
             wrong = other in self.wrong

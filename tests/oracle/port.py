@@ -17,7 +17,7 @@ from reference import axes, word
 import mixtral
 from mixtral import MixtralConfig
 
-now, kept = SimpleNamespace(instead=None), []
+now, kept = SimpleNamespace(), []
 
 
 def score(q, k):

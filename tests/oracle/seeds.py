@@ -9,7 +9,7 @@ import re
 
 import torch
 from causes import READ
-from port import now, score
+from port import now
 from torch.nn import functional as F
 
 import mixtral
@@ -71,12 +71,6 @@ def frequencies(change):
     return {"rotation": rotation}
 
 
-FIRST_HALF = {
-    "rotation": lambda positions, d, theta: ROTATION(positions + 32750, d // 2, theta),
-    "rotate": lambda x, cos, sin: torch.cat((
-        ROTATE(x[..., :x.shape[-1] // 2], cos, sin), x[..., x.shape[-1] // 2:]), -1)}
-
-
 def seen(mask):
     """The mask from the positions i of queries (B, S, 1) and j of keys (B, 1, T), and the window.
     """
@@ -112,20 +106,6 @@ def project(change):
     """Attention.forward with a change of the input of its projections, or of their outputs."""
     forward = Attention.forward
     return {"Attention.forward": lambda self, x, *rest: forward(self, change(x), *rest)}
-
-
-def unrotated():
-    """In place of mixtral.rotate and attend: the scores use what was not rotated."""
-    raw, rotate = {}, mixtral.rotate
-
-    def keep(x, cos, sin):
-        raw[x.shape[2]] = x.transpose(1, 2)
-        return rotate(x, cos, sin)
-
-    def wrong(q, k):
-        H, K = q.shape[1], min(raw)
-        return score(raw[H], raw[K].repeat_interleave(H // K, 1))
-    return {"rotate": keep, "score": wrong}
 
 
 def routed(weigh):
@@ -188,18 +168,6 @@ def inside(where, also=False):
     return {"SparseMoE.forward": forward}
 
 
-def every_expert(self, x):
-    tokens = x.flatten(0, 1)
-    logits = self.gate(tokens)
-    weights, chosen = mixtral.route(logits, self.top_k)
-    for e in sorted(set(chosen.flatten().tolist())):
-        self.experts[e](tokens[(chosen == e).any(1)])
-    y = sum(share[:, None] * F.linear(F.silu(F.linear(tokens, e.w1.weight)) * F.linear(
-        tokens, e.w3.weight), e.w2.weight)
-        for share, e in zip(logits.softmax(-1).T, self.experts, strict=True))
-    return y.view(x.shape)
-
-
 def block(add_attention=torch.add, add_mixture=torch.add):
     """Block with other sums, of (stream, output, normed stream, input of the layer)."""
     def forward(self, x, *rest):
@@ -210,19 +178,6 @@ def block(add_attention=torch.add, add_mixture=torch.add):
         y = self.block_sparse_moe(normed)
         return h + y if add_mixture is torch.add else add_mixture(h, y, normed, x)
     return {"Block.forward": forward}
-
-
-def parallel(self, x, *rest):
-    """Block.forward whose mixture reads the input of the layer; RMSNorm of `parallel_norm`."""
-    h = x + self.self_attn(self.input_layernorm(x), *rest)
-    now.instead = x
-    normed = self.post_attention_layernorm(h)
-    return h + self.block_sparse_moe(normed)
-
-
-def parallel_norm(self, x, forward=RMSNorm.forward):
-    x, now.instead = x if now.instead is None else now.instead, None
-    return forward(self, x)
 
 
 # Weights under other names, as functions of all weights.
@@ -273,8 +228,6 @@ SEEDS = [
      "input_layernorm", "plain", swapped("input_layernorm", "post_attention_layernorm")),
     ({}, OTHER + "norm in layers.1.input_layernorm", "layers.1.input_layernorm", "plain",
      copied("model.layers.1.input_layernorm", "model.norm")),
-    ({"Block.forward": parallel, "RMSNorm.forward": parallel_norm},
-     "the norm reads the input of the layer", "post_attention_layernorm", "plain"),
     # Projections.
     ({}, "the rows of each head are in Mistral's order", "q_proj", "far", rows_of_heads((2, 16))),
     ({}, OTHER + "layers.0.v_proj in", "k_proj", "plain", swapped("k_proj", "v_proj")),
@@ -296,11 +249,6 @@ SEEDS = [
      "neighbours (2i, 2i + 1) are rotated as pairs instead", "q_rotated", "plain"),
     (turned(lambda a: -a), "angles are multiplied by -1", "q_rotated", "plain"),
     (turned(lambda a: 2 * a), "angles are multiplied by 2", "q_rotated", "plain"),
-    ({"rotate": lambda x, cos, sin: torch.cat((
-        x.chunk(2, -1)[0] * cos - x.chunk(2, -1)[1] * sin,
-        x.chunk(2, -1)[1] * cos - x.chunk(2, -1)[0] * sin), -1).to(x.dtype)},
-     "the second half has the wrong sign", "q_rotated", "plain"),
-    (FIRST_HALF, "only the first half of each head is rotated", "q_rotated", "far"),
     (placed(lambda p: p.flip(1)), READ + "positions are 13 instead of 0 at token 0",
      "q_rotated", "plain"),
     (placed(lambda p: p - now.start[:, None]), "positions restart with each call", "q_rotated",
@@ -332,7 +280,6 @@ SEEDS = [
     ({"score": lambda q, k: q @ k.mT}, "it is multiplied by 2, which is", "scores", "plain"),
     ({"shared": lambda k, H: k.repeat(1, H // k.shape[1], 1, 1)},
      "query head h uses key/value head h mod K", "scores", "plain"),
-    (unrotated(), "queries and keys are used without their rotation", "scores", "plain"),
     (seen(lambda i, j, W: (j <= i) & (i - j < W + 1)), "the window is off by one: 6 keys", "scores",
      "window"),
     (seen(lambda i, j, W: i - j < W), "queries see the keys of the window, and later tokens",
@@ -368,7 +315,6 @@ SEEDS = [
     ({"softmax": lambda s: (s * math.log(2)).softmax(-1)}, "the exponential has base 2",
      "probabilities", "plain"),
     # Residual stream.
-    (block(lambda x, y, normed: 0.7 * x + y), "it is 0.7·stream + 1·o_proj", "residual", "plain"),
     (block(add_mixture=lambda h, y, normed, x: h + 2 * y), "it is 1·residual + 2·block_sparse_moe",
      "layers.0", "plain"),
     # Router and experts.
@@ -407,5 +353,4 @@ SEEDS = [
      "plain"),
     (mixture(put=torch.Tensor.index_copy_), "the output of an expert overwrites",
      "block_sparse_moe", "plain"),
-    ({"SparseMoE.forward": every_expert}, "all experts are used", "block_sparse_moe", "plain"),
 ]

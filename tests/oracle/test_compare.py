@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import random_model
 from reference import axes, word
-from test_causes import causes_in, golden_files_are_read_once  # noqa: F401, for all tests
+from test_causes import causes_in
 
 import mixtral
 from convert import write_safetensors
@@ -28,10 +28,9 @@ SIZES = {"rope_theta": 1e4, "head_dim": 8, "num_hidden_layers": 3}
 L0, L1 = "model.layers.0.", "model.layers.1."
 
 
-def theirs_of(model, path, tokens=TEXT):
-    """Write what a port would write: the tensors of one pass, without metadata."""
-    tensors = {"tokens": tokens} | trace.record(model, tokens, scores=True)
-    write_safetensors(path, {name: x.contiguous() for name, x in tensors.items()})
+def theirs_of(model):
+    """What a port would write: the tensors of one pass."""
+    return {"tokens": TEXT} | trace.record(model, TEXT, scores=True)
 
 
 @pytest.fixture(scope="session")
@@ -39,37 +38,16 @@ def honest(tmp_path_factory):
     """Our trace of a float64 model, and the tensors of the same model in float32."""
     path = tmp_path_factory.mktemp("honest") / "ours"
     trace.write_trace(random_model(**SIZES), TEXT, path, scores=True)
-    model = random_model(**SIZES).float()
-    return path, {"tokens": TEXT} | trace.record(model, TEXT, scores=True)
+    return path, theirs_of(random_model(**SIZES).float())
 
 
 @pytest.fixture
-def verdict(tmp_path, capsys):
-    """A function that compares two files and returns the exit code and the text."""
-    def run(*options, ours=tmp_path / "ours", theirs=tmp_path / "theirs"):
-        code = compare.main([str(ours), str(theirs), *map(str, options)])
-        out, error = capsys.readouterr()
-        return code, out + error
-    return run
-
-
-@pytest.fixture
-def judged(tmp_path, verdict):
-    """A function that writes the port's tensors for a golden file and returns the verdict."""
-    def run(case, tensors):
-        write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
-        return verdict(ours=golden.HERE / f"{case}.safetensors")
-    return run
-
-
-@pytest.fixture
-def changed(honest, tmp_path, verdict):
+def changed(honest, verdict):
     """A function that changes the honest tensors of the port and returns the verdict."""
     def run(change, *options):
         tensors = {name: x.clone() for name, x in honest[1].items()}
         change(tensors)
-        write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
-        return verdict(*options, ours=honest[0])
+        return verdict(honest[0], tensors, *options)
     return run
 
 
@@ -88,17 +66,17 @@ def golden_tensors(case, kept=lambda name: True):
 def test_honest_runs_are_equal_within_rounding(dtype, seed, layers, tmp_path, verdict):
     """With weights that the lower precision can hold, as in a checkpoint."""
     lower = random_model(seed, **SIZES | {"num_hidden_layers": layers}).to(getattr(torch, dtype))
-    theirs_of(lower, tmp_path / "theirs")
+    theirs = theirs_of(lower)
     trace.write_trace(lower.double(), TEXT, tmp_path / "ours", scores=True)
-    code, text = verdict()
+    code, text = verdict(tmp_path / "ours", theirs)
     assert code == 0 and f"Equal within {dtype} rounding" in text and "layout" not in text, text
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("case", sorted(golden.CASES))
-def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, judged):
+def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, verdict):
     """Also if its weights are rounded to float16."""
-    code, text = judged(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
+    code, text = verdict(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
     assert code == 0 and "layout" not in text, text
 
 
@@ -120,8 +98,7 @@ def test_the_embedded_model_is_equal_and_its_routing_flips_are_reported(
     flips = any((tensors[n].sort()[0] != exact[n].sort()[0]).any() for n in chosen)
     if coarse:
         tensors = {n: x for n, x in tensors.items() if word(n) in ("tokens", "layer")}
-    write_safetensors(tmp_path / "theirs", {n: x.contiguous() for n, x in tensors.items()})
-    code, text = verdict("--model", ROOT / "tiny")
+    code, text = verdict(tmp_path / "ours", tensors, "--model", ROOT / "tiny")
     assert code == 0 and f"Equal within {dtype} rounding" in text, text
     reported = "Routing flip, no error: model.layers." in text
     assert reported is flips or coarse and flips  # the effect of a flip can be below rounding
@@ -129,7 +106,7 @@ def test_the_embedded_model_is_equal_and_its_routing_flips_are_reported(
 
 @pytest.mark.parametrize("frequency", [
     lambda x: 1 / 1e4 ** x, lambda x: torch.exp(-x * math.log(1e4))], ids=["1/θ^x", "exp"])
-def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency, judged):
+def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency, verdict):
     """Their last bits differ by 1e-12 there, which is more than rounding near position 0."""
     def rotation(positions, d, theta):
         angles = (positions + 32750)[:, :, None, None] * frequency(
@@ -139,7 +116,7 @@ def test_any_correct_formula_for_the_angles_is_equal_at_far_positions(frequency,
     ours = port.known(golden.HERE / "far.safetensors")
     tensors, at = port.run(ours, wrong={"rotation": rotation}), f"{L0}self_attn.q_rotated"
     assert (ours.tensors[at] - tensors[at]).abs().max() > 1e-13
-    code, text = judged("far", tensors)
+    code, text = verdict("far", tensors)
     assert code == 0 and "Equal within float64 rounding" in text
 
 
@@ -174,8 +151,7 @@ def test_a_flip_at_a_near_tie_is_no_error_and_one_by_a_margin_is(
         return weights, chosen
 
     monkeypatch.setattr(mixtral, "route", flipped)
-    theirs_of(model.float(), tmp_path / "theirs")
-    found, text = verdict()
+    found, text = verdict(tmp_path / "ours", theirs_of(model.float()))
     assert found == code, text
     name = f"{L1}block_sparse_moe.chosen"
     assert (f"Routing flip, no error: {name}, row 0, token 6; the margin is" in text) is (code == 0)
@@ -192,13 +168,13 @@ def test_the_same_experts_in_another_order_are_no_flip(changed):
     assert code == 0 and "Routing flips: 0" in text
 
 
-def test_a_flip_is_no_second_error(judged):
+def test_a_flip_is_no_second_error(verdict):
     tensors = port.run(port.known(golden.HERE / "tied.safetensors"), wrong={
         "score": lambda q, k: q @ k.mT})
     for name in list(tensors):
         if name.endswith("gate"):
             tensors[name] = tensors[name] * (1 + 1e-15 * torch.arange(8).double())  # other sums
-    text = judged("tied", tensors)[1]
+    text = verdict("tied", tensors)[1]
     assert causes_in(text)[0].startswith("it is multiplied by 2") and "another error" not in text
 
 
@@ -319,68 +295,64 @@ def test_all_lists_the_error_of_every_tensor(changed, honest):
 
 
 def test_what_cannot_be_compared_ends_with_2_and_one_line(honest, tmp_path, verdict):
-    path, ours = tmp_path / "theirs", honest[0]
-    for content, words in (
-            ({"tokens": torch.tensor([[1, 2]]), "lm_head": torch.ones(1)}, "the tokens differ"),
-            ({"model.lm_head": torch.ones(1)}, "has none of our names"),
-            ({"norm": torch.ones(1), "lm_head": torch.ones(1)}, "write `model.` before the names")):
-        write_safetensors(path, content)
-        code, text = verdict(ours=ours)
-        assert code == 2 and words in text and text.count("\n") == 1
-    write_safetensors(path, {"x": torch.ones(1)})
-    code, text = verdict(ours=path, theirs=ours)
-    assert code == 2 and "must be a golden file or a file of trace.py" in text
-    code, text = verdict("--names", path, ours=ours)
-    assert code == 2 and "not readable as a JSON object" in text
-    code, text = verdict("--model", tmp_path / "absent", ours=ours)
-    assert code == 2 and "no model*.safetensors" in text
-    path.write_text("no tensors")
-    assert verdict(ours=ours)[0] == 2
-    assert verdict(ours=ours, theirs=tmp_path / "absent")[0] == 2
+    ours, one, bad = honest[0], {"lm_head": torch.ones(1)}, tmp_path / "bad"
+    bad.write_text("no tensors and no JSON")
+    write_safetensors(tmp_path / "port", one)
+    for arguments, words in (
+            ((ours, one | {"tokens": torch.tensor([[1, 2]])}), "the tokens differ"),
+            ((ours, {"model.lm_head": torch.ones(1)}), "has none of our names"),
+            ((ours, one | {"norm": torch.ones(1)}), "write `model.` before the names"),
+            ((tmp_path / "port", one), "must be a golden file or a file of trace.py"),
+            ((ours, one, "--names", bad), "not readable as a JSON object"),
+            ((ours, one, "--model", tmp_path / "absent"), "no model*.safetensors"),
+            ((ours, bad), "not a safetensors file"),
+            ((ours, tmp_path / "absent"), "not a safetensors file")):
+        code, text = verdict(*arguments)
+        assert code == 2 and words in text and text.count("\n") == 1, text
 
 
-def test_the_last_token_only_gets_advice(judged):
+def test_the_last_token_only_gets_advice(verdict):
     tensors = golden_tensors("plain")
     last = {"lm_head": tensors["lm_head"][:, -1], "model.norm": tensors["model.norm"]}
-    code, text = judged("plain", last)
+    code, text = verdict("plain", last)
     assert code == 1 and "Write all of them, not only the last." in text
 
 
 # ------------------------------------------------------------------ rows of experts and of batches
 
 
-def test_rows_of_experts_that_are_numbered_from_the_start_of_a_call_are_found(judged):
+def test_rows_of_experts_that_are_numbered_from_the_start_of_a_call_are_found(verdict):
     tensors = golden_tensors("chunked")
     wrong = [n for n in tensors if n.endswith(".tokens") and tensors[n].max() > 3]
     for name in wrong:
         tensors[name] = tensors[name] % 4
-    code, text = judged("chunked", tensors)
+    code, text = verdict("chunked", tensors)
     assert code == 1 and f"differs is {L0}block_sparse_moe.experts.0.tokens." in text
     assert "Number tokens over all calls" in text
     assert f"Later tensors that differ too: {len(wrong) - 1}." in text
 
 
-def test_rows_of_experts_can_be_in_any_order(judged):
+def test_rows_of_experts_can_be_in_any_order(verdict):
     tensors = golden_tensors("plain")
     for name in tensors:
         if ".experts." in name:
             tensors[name] = tensors[name].flip(0)
-    assert judged("plain", tensors)[0] == 0
+    assert verdict("plain", tensors)[0] == 0
 
 
-def test_a_verdict_says_where_it_stopped_and_what_is_lacking(judged):
+def test_a_verdict_says_where_it_stopped_and_what_is_lacking(verdict):
     tensors = golden_tensors("chunked", lambda name: "T" not in axes(name))
     name, chosen = f"{L0}self_attn.mixed", f"{L0}block_sparse_moe.chosen"
     tensors[name] = tensors[name] + torch.linspace(1, 2, 17).view(1, 17, 1, 1)
     tensors[chosen] = 7 - tensors[chosen]
-    code, text = judged("chunked", tensors)
+    code, text = verdict("chunked", tensors)
     assert code == 1 and f"The comparison stopped at {chosen}, because other experts ran" in text
     assert "Cause: not found" in text and "Trace" not in text and "lacks" not in text
     del tensors["model.norm"]
-    assert "The port's file lacks 1 of ours: model.norm." in judged("chunked", tensors)[1]
+    assert "The port's file lacks 1 of ours: model.norm." in verdict("chunked", tensors)[1]
 
 
-def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(judged):
+def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(verdict):
     ours = port.known(golden.HERE / "ragged.safetensors")
     tensors = {n: x for n, x in port.run(ours).items() if "T" not in axes(n)}
     real = torch.cat([torch.arange(9) < n for n in ours.lengths])
@@ -388,10 +360,10 @@ def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(judged):
     packed = {n: x[real] if axes(n)[0] == "N" else x.flatten(0, 1)[real]
               for n, x in tensors.items() if n != "tokens" and axes(n)[0] != "R"}
     packed[at + "w1"] = x.flatten(0, 1) @ ours.weights[at + "w1.weight"].T
-    code, text = judged("ragged", packed)
+    code, text = verdict("ragged", packed)
     assert code == 0 and f"of {len(packed) - 2} tensors" in text, text  # without margins
     packed[at + "w1"][7] += 1.0  # no token that chose this expert
     taken = int(ours.tensors[at + "tokens"][0])
-    assert judged("ragged", packed)[0] == (1 if taken == 7 else 0)
+    assert verdict("ragged", packed)[0] == (1 if taken == 7 else 0)
     packed[at + "w1"][taken] += 1.0
-    assert judged("ragged", packed)[0] == 1
+    assert verdict("ragged", packed)[0] == 1

@@ -10,11 +10,11 @@ import trace
 from pathlib import Path
 
 import golden
+import pair
 import port
 import pytest
 import torch
 from reference import axes, word
-from safetensors import safe_open
 
 import mixtral
 
@@ -24,8 +24,7 @@ EXACT = 1e-13  # of the largest number of a tensor
 
 def read(path):
     """The metadata, the weights and the other tensors of a golden file."""
-    with safe_open(path, framework="pt") as file:
-        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    metadata, tensors = pair.read_file(path)
     weights = {name: tensors.pop(name) for name in list(tensors) if name.endswith(".weight")}
     return metadata, weights, tensors
 
@@ -40,25 +39,19 @@ def error(ours, theirs):
     return (difference / theirs[theirs.isfinite()].abs().max()).item()
 
 
-def real_part(name, x, lengths):
-    """What belongs to real tokens, one row each. An expert has rows of real tokens only."""
-    if axes(name)[0] == "R":
-        return x
-    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    x = x.movedim(1, 2) if "T" in axes(name) else x  # S follows B
-    return x.reshape(*real.shape, -1)[real]
-
-
 @pytest.mark.claim
 @pytest.mark.parametrize("case", CASES)
 def test_the_architecture_gives_every_golden_number(case):
     """Read as the file says: in calls, padded, from a position. `margin` is not compared."""
     ours = port.known(golden.HERE / f"{case}.safetensors")
     seen, compared = port.run(ours), 0
+    real = torch.cat([torch.arange(max(ours.lengths)) < n for n in ours.lengths])
     for name, wanted in ours.tensors.items():
         if name == "tokens" or word(name) == "margin" or ours.chunk and "T" in axes(name):
             continue  # with a cache, T counts slots
-        found, wanted = (real_part(name, x, ours.lengths) for x in (seen[name], wanted))
+        found = seen[name]
+        if axes(name)[0] != "R":  # an expert has rows of real tokens only
+            found, wanted = (pair.as_rows(x, axes(name))[real] for x in (found, wanted))
         assert found.dtype == wanted.dtype, name
         assert error(found, wanted) < EXACT, name
         compared += 1
