@@ -600,7 +600,7 @@ class Comparison:
             lines.append(f"The port makes the same error in {summary(same)}.")
         if spoilt:
             lines.append(f"It does not make it in {summary(spoilt)}.")
-        others = [other for other, *_ in causes[1:] if other != text]
+        others = [other for other, *_ in causes[1:] if not other.startswith(text)]
         if others and READ not in text:
             lines.append("The same numbers would follow if "
                          f"{'; or if '.join([*dict.fromkeys(others)][:3])}.")
