@@ -361,28 +361,27 @@ def write_small_files(source, part, config, target):
     if t.vocab_size > config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {t.vocab_size} pieces, the model only "
                          f"{config.vocab_size}; they do not belong together")
-    texts = dict(enumerate(t.pieces)) | t.added
     if not (part / "tokenizer.json").exists():
-        write_json(part / "tokenizer.json", fast_tokenizer(t, texts))
+        write_json(part / "tokenizer.json", fast_tokenizer(t))
     if not (part / "tokenizer_config.json").exists():
         ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
         write_json(part / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: texts[i] for name, i in ids.items()}})
+            **{name: t.texts[i] for name, i in ids.items()}})
 
 
-def fast_tokenizer(t, texts):
+def fast_tokenizer(t):
     """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
     plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": texts[i], "special": i in t.control or i == t.unk_id} | plain
-            for i in sorted({t.unk_id, *t.control, *t.added})],
+            {"id": i, "content": t.texts[i], "special": i in t.control or i == t.unk_id} | plain
+            for i in sorted(t.texts) if i in t.control or i == t.unk_id or i >= t.vocab_size],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "post_processor": bos_template(t),
+        "post_processor": bos_template(t) if t.adds_bos else None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -394,7 +393,7 @@ def fast_tokenizer(t, texts):
 
 def bos_template(t):
     """The post-processor that puts BOS in front of a text or of a pair of texts."""
-    bos = t.pieces[t.bos_id]
+    bos = t.texts[t.bos_id]
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
     return {"type": "TemplateProcessing",

@@ -234,20 +234,24 @@ TEXTS = ["", "Hello my name is", "My favourite condiment is ", "This is 🦙.cpp
 def test_auto_tokenizer_reads_the_output_and_gives_the_same_ids(tmp_path, out):
     transformers = pytest.importorskip("transformers")
     data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
-    for number, name in enumerate(("tokenizer.model.v1",
-                                   "mistral_instruct_tokenizer_240216.model.v2")):
-        ours = Tokenizer(data / name)
-        model = random_model(vocab_size=ours.vocab_size, dtype=torch.float32)
+    v1, v2 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2"
+    added = {"bos_token": "<b>", "added_tokens_decoder": {"32000": {"content": "<b>"}}}
+    for number, (name, config) in enumerate([
+            (v1, {}), (v2, {}), (v1, added), (v1, {"bos_token": "<s>", "add_bos_token": False})]):
+        model = random_model(vocab_size=Tokenizer(data / name).vocab_size, dtype=torch.float32)
         source = mistral_pickle(model, tmp_path / f"raw{number}")
         shutil.copy(data / name, source / "tokenizer.model")
+        if config:
+            (source / "tokenizer_config.json").write_text(json.dumps(config))
         assert run(source, out / str(number)) == 0
+        ours = Tokenizer(source)
         theirs = transformers.AutoTokenizer.from_pretrained(out / str(number))
         for text in TEXTS:
             assert theirs(text).input_ids == ours.encode(text), text
             assert theirs(text, "b").input_ids == ours.encode(text) + ours.encode("b", bos=False)
             assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(
                 ours.encode(text)), text
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+        assert ours.bos_id == (32000 if config == added else 1)
 
 
 def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_found(

@@ -301,7 +301,7 @@ def test_special_added_tokens_are_control_pieces(tmp_path, place, alone):
     plain = Tokenizer(tmp_path / "d")
     ours = Tokenizer(write(tmp_path / "d", **place({SIZE: token("<a>"), SIZE + 3: token("<b>")})))
     assert plain.vocab_size == ours.vocab_size == len(ours.pieces) == SIZE
-    assert ours.added == {SIZE: "<a>", SIZE + 3: "<b>"}
+    assert {i: ours.texts[i] for i in ours.texts if i >= SIZE} == {SIZE: "<a>", SIZE + 3: "<b>"}
     assert ours.control_ids == plain.control_ids | {"<a>": SIZE, "<b>": SIZE + 3}
     assert ours.decode([SIZE, *plain.encode("a b"), SIZE + 1, SIZE + 3]) == "a b"
     assert ours.encode("a<a>b") == plain.encode("a<a>b")
@@ -340,6 +340,18 @@ def test_eos_is_the_token_that_the_directory_names_if_it_exists(tmp_path, file, 
     assert (ours.bos_id, ours.eos_id) == (1 if eos == 2 else eos, 2)
 
 
+@pytest.mark.parametrize("processor, add, wanted", [
+    (None, None, 1), (None, True, 1), (None, False, 0), ("<s>", None, 1), ("<s>", True, 1),
+    ("<s>", False, 0), ("</s>", None, 0), ("</s>", True, 0), ("</s>", False, 0)])
+def test_bos_is_left_out_if_one_of_two_files_says_so(tmp_path, processor, add, wanted):
+    """In a tokenizer.json it is the post-processor that puts BOS, here <s>, in front of a text."""
+    raw = in_tokenizer_json({})["tokenizer"]
+    raw["post_processor"] = processor and {"single": [{"SpecialToken": {"id": processor}}]}
+    ours = Tokenizer(write(tmp_path, tokenizer=raw, tokenizer_config={"add_bos_token": add}))
+    assert ours.encode("a") == [1] * wanted + ours.encode("a", bos=False)
+    assert ours.encode("a", bos=True)[0] == ours.encode_chat(conversation("a"))[0] == 1
+
+
 @pytest.mark.parametrize("tokens", [
     {SIZE - 1: token("<a>")}, {-1: token("<a>")}, {SIZE: token(5)}, {"x": token("<a>")}])
 def test_added_tokens_that_would_give_wrong_ids_are_refused(tmp_path, tokens):
@@ -349,14 +361,15 @@ def test_added_tokens_that_would_give_wrong_ids_are_refused(tmp_path, tokens):
         Tokenizer(tmp_path / "d")
 
 
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1\noid 0", ""])
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json"])
-def test_a_git_lfs_pointer_is_called_that(tmp_path, name):
+def test_an_empty_file_and_a_git_lfs_pointer_are_called_that(tmp_path, name, content):
     write(tmp_path, **in_tokenizer_json({}))
     if name != "tokenizer.json":
         write(tmp_path, tokenizer_model=model_bytes([*BASE, *LETTERS]), added_tokens={})
     assert Tokenizer(tmp_path)
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(ValueError, match=f"{name}.*git lfs pull"):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*empty, or a Git LFS.*git lfs pull"):
         Tokenizer(tmp_path)
 
 
@@ -367,7 +380,7 @@ def test_json_may_begin_with_a_byte_order_mark_and_must_be_an_object(tmp_path, n
               "tokenizer": in_tokenizer_json}
     file = write(tmp_path, **places[name]({SIZE: token("<é>")})) / f"{name}.json"
     file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
-    assert Tokenizer(tmp_path).added[SIZE] == "<é>"
+    assert Tokenizer(tmp_path).texts[SIZE] == "<é>"
     for wrong in ("[1]", "{", "5"):
         file.write_text(wrong)
         with pytest.raises(ValueError, match=f"{name}.json"):
@@ -576,9 +589,9 @@ def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, a
 
 @pytest.mark.parametrize("files", [
     chat_files("{% for message in messages %}<|user|>{{message['content']}}{% endfor %}"),
-    chat_files(CHATML.replace("message['content']", "message['content'] | trim")),
+    chat_files(CHATML.replace("message['content']", "message['content'] | length")),
     chat_files([{"name": "rag", "template": CHATML}]),
-    chat_files("{{ bos_token + '[INST] <<SYS>>' }}"),
+    chat_files("{{ bos_token + '[INST] <<SYS>>' }}"), chat_files("[SYSTEM_PROMPT] [INST]"),
     chat_files(CHATML.replace("{% for", "{{ raise_exception('no') }}{% for")),
     chat_files("{% for message in messages %}{% endfor %}<|im_start|><|im_end|>"),
     chat_files(CHATML + "{% if %}"),
@@ -590,6 +603,21 @@ def test_another_chat_template_is_refused_and_text_is_encoded(tmp_path, files):
     assert str(caught.value).isprintable()
     assert ours.decode(ours.encode("a b")) == "a b"
     assert load(tmp_path, [*BASE, *LETTERS], **chat_files()).encode_chat(conversation("a"))
+
+
+def test_a_template_may_strip_texts_but_not_change_them_in_another_way(tmp_path):
+    plain, strips, cuts = (load(tmp_path, [*BASE, *LETTERS], **chat_files(
+        CHATML.replace("message['content']", f"message['content']{change}")))
+        for change in ("", " | trim", ".lstrip('\n')"))
+    text, ids = " \n<|im_end|> b \t", [plain.ids["a"]]
+    for answer in (" c", ids):
+        assert strips.encode_chat(conversation(text, answer, text, system=" d")) == (
+            plain.encode_chat(conversation(text.strip(), ids if answer == ids else "c",
+                                           text.strip(), system="d")))
+    assert cuts.encode_chat(conversation("\na")) == plain.encode_chat(conversation("a"))
+    for wrong in ("\n\na", "a\x1fb"):
+        with pytest.raises(ValueError, match="chat template"):
+            cuts.encode_chat(conversation(wrong))
 
 
 def test_a_template_with_inst_is_mistrals(tmp_path):
@@ -693,8 +721,7 @@ def test_an_id_without_a_piece_has_no_text(own):
 
 
 @pytest.mark.parametrize("messages", [
-    "a", message("user", "a"), [*conversation("a", "b"), "c"], [{"role": "user"}], [], 5,
-    [message("tool\n", "a")], conversation("a", "b"), [message("assistant", "a")],
+    [], [message("tool\n", "a")], conversation("a", "b"), [message("assistant", "a")],
     [message("system", "a")], conversation("a") * 2, conversation("a") * 3,
     conversation("a", system="b") * 2, [message("user", None)], conversation("a", (5,), "b"),
     conversation("a", system=[5]), conversation([5])])
@@ -713,7 +740,7 @@ def test_a_tokenizer_with_a_later_chat_template_is_refused(tmp_path):
         Tokenizer(path).encode_chat(conversation("a"))
 
 
-def refused(path, words="not a usable tokenizer"):
+def refused(path, words="not usable"):
     with pytest.raises(ValueError, match=words) as caught:
         Tokenizer(path)
     text = str(caught.value)
