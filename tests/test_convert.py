@@ -15,6 +15,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import pytest
@@ -255,7 +256,7 @@ def test_auto_tokenizer_reads_the_output_and_gives_the_same_ids(tmp_path, out):
 
 
 def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_found(
-        tmp_path, out):
+        tmp_path, out, capsys):
     model = random_model(vocab_size=2048, dtype=torch.float32)
     source = save(model, tmp_path / "raw")
     shutil.copy(ROOT / "tiny" / "tokenizer.model", source / "tokenizer.model.v3")
@@ -267,6 +268,10 @@ def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_f
                              "model.safetensors", "tokenizer.json", "tokenizer.model",
                              "tokenizer_config.json"]
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": [2, 7]}'
+    (out / "tokenizer.model").unlink()
+    capsys.readouterr()
+    assert run(out, tmp_path / "mistral", "--to", "mistral") == 0
+    assert "no tokenizer.model, and Mistral's code" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ write_safetensors
@@ -511,7 +516,9 @@ def test_the_parts_of_a_split_file_are_joined_by_the_command_that_the_refusal_sh
 
 def test_what_is_there_already_is_never_touched(tmp_path, out, capsys):
     source = mistral_pickle(random_model(dtype=torch.float32), tmp_path / "raw")
+    (source / "a.gguf").touch()
     before = contents(source)
+    refused("llama.cpp", capsys, source / "a.gguf", out)
     refused("absent", capsys, tmp_path / "absent", out)
     for place in (source, source / ".." / "raw", tmp_path, source / "params.json"):
         refused("exists already", capsys, source, place)
@@ -519,7 +526,8 @@ def test_what_is_there_already_is_never_touched(tmp_path, out, capsys):
 
 
 @pytest.mark.parametrize("limit", [500, 20_000])
-def test_a_file_that_cannot_be_written_ends_in_one_line(limit, tmp_path, out, capsys):
+def test_a_file_that_cannot_be_written_ends_in_one_line(
+        limit, tmp_path, out, capsys, monkeypatch):
     """The limit on the size of a file stands for a full disk. It meets small and large files."""
     source = mistral_pickle(random_model(dtype=torch.float32), tmp_path / "raw")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -528,6 +536,8 @@ def test_a_file_that_cannot_be_written_ends_in_one_line(limit, tmp_path, out, ca
         refused("not written: File too large", capsys, source, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=limit))
+    refused("does not fit", capsys, source, out)
     assert contents(tmp_path) == ["raw"]
 
 
