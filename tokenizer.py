@@ -149,9 +149,9 @@ class Tokenizer:
             tokens.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
             self._add(tokens, settings.get("bos_token"), settings.get("eos_token"))
             self._set_chat_and_ends(template, [*ends, self.eos_id])
-            start = raw.get("post_processor") or self.texts[self.bos_id]
+            frame = json.dumps(raw.get("post_processor"))  # what is put around a text
             self.adds_bos = settings.get("add_bos_token") is not False and (
-                json.dumps(self.texts[self.bos_id]) in json.dumps(start))
+                frame == "null" or '"single": [{"SpecialToken"' in frame)
 
         read_file(path, load)
 

@@ -340,14 +340,15 @@ def test_eos_is_the_token_that_the_directory_names_if_it_exists(tmp_path, file, 
     assert (ours.bos_id, ours.eos_id) == (1 if eos == 2 else eos, 2)
 
 
-@pytest.mark.parametrize("processor", [None, "<s>", "</s>"])
+@pytest.mark.parametrize("frame", ["", "SpecialToken Sequence", "Sequence SpecialToken"])
 @pytest.mark.parametrize("add", [None, True, False])
-def test_bos_is_left_out_if_one_of_two_files_says_so(tmp_path, processor, add):
-    """In a tokenizer.json it is the post-processor that puts BOS, here <s>, in front of a text."""
+def test_bos_is_left_out_if_one_of_two_files_says_so(tmp_path, frame, add):
+    """In a tokenizer.json it is the post-processor that puts BOS in front of a text."""
     raw = in_tokenizer_json({})["tokenizer"]
-    raw["post_processor"] = processor and {"single": [{"SpecialToken": {"id": processor}}]}
+    raw["post_processor"] = None if not frame else {
+        "single": [{part: {"id": "<s>"}} for part in frame.split()]}
     ours = Tokenizer(write(tmp_path, tokenizer=raw, tokenizer_config={"add_bos_token": add}))
-    text, has_bos = ours.encode("a", bos=False), add is not False and processor != "</s>"
+    text, has_bos = ours.encode("a", bos=False), add is not False and frame[:3] != "Seq"
     assert ours.encode("a") == [1] * has_bos + text and ours.encode("a", bos=True) == [1, *text]
 
 
