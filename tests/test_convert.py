@@ -15,7 +15,6 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import layouts
 import pytest
@@ -536,7 +535,7 @@ def test_a_file_that_cannot_be_written_ends_in_one_line(
         refused("not written: File too large", capsys, source, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=limit))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: convert.argparse.Namespace(free=limit))
     refused("does not fit", capsys, source, out)
     assert contents(tmp_path) == ["raw"]
 

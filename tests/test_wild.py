@@ -377,12 +377,9 @@ REFUSALS = [
     (end_that_is_no_id, "'int' object"), (lambda source: shutil.move(
         source.rename(source.parent / "b"), source / "snapshots" / "a0b1"), "raw/snapshots/a0b1"),
     (instead("a.gguf"), "llama.cpp"), (instead("zero_to_fp32.py"), "run its zero_to_fp32.py first"),
-    (instead("global_step9"), "DeepSpeed"), (instead("mp_rank_00_model_states.pt"), "DeepSpeed"),
-    (instead("__0_0.distcp"), "FSDP"),
-    (with_more(mlp__qweight=torch.ones(1)), "mlp.qweight is in the format of GPTQ"),
-    (in_config(model_type="llama"), "got a llama with rope_type default"),
-    (in_config(rope_scaling={"type": "yarn"}), "got a mixtral with rope_type yarn"),
-    (lambda source: (source / "tokenizer.model").write_text(""), "tokenizer.model: not usable: em"),
+    (instead("global_step9"), "DeepSpeed"), (instead("mp_rank_00_model.pt"), "DeepSpeed"),
+    (instead("__0_0.distcp"), "FSDP"), (with_more(mlp__qweight=torch.ones(1)), "mlp.qweight is in"),
+    (in_config(model_type="llama"), "a llama"), (in_config(rope_scaling={"type": "x"}), "type x"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
