@@ -417,8 +417,8 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     files = shards(output_tensors(checkpoint, target, errors), to, limit)
     announce(source, out, checkpoint, target, files)
     free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
-    if total_size(files) > free:
-        raise ValueError(f"{out}: does not fit, since only {free / 1e6:,.1f} MB are free")
+    if (size := total_size(files)) > free:
+        raise ValueError(f"{out}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
     with complete_or_absent(out, directory=True) as part:
         write_small_files(source, part, checkpoint.config, target)  # first, since it may refuse
         write_weights(part, files)

@@ -225,8 +225,7 @@ class Tokenizer:
         longest_first = sorted(map(re.escape, self.user_defined), key=len, reverse=True)
         self.user_defined_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.control_ids = {texts[i]: i for i in sorted(self.control)}
-        marks = [mark for mark in ("[INST]", "[/INST]") if mark in self.control_ids]
-        self.inst_ids = [self.control_ids[mark] for mark in marks]  # empty in v1
+        self.inst_ids = [i for mark, i in self.control_ids.items() if mark in ("[INST]", "[/INST]")]
         self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
         self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
 
@@ -236,9 +235,8 @@ class Tokenizer:
         marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
         self.template = template or marks[0]  # its first mark stands for a template that is missing
         ends = next(ids if isinstance(ids, list) else [ids] for ids in ends if ids is not None)
-        self.eos_ids = frozenset(map(int.__index__, ends))
-        if END in self.template and END in self.control_ids:
-            self.eos_ids |= {self.control_ids[END]}
+        chatml = {i for mark, i in self.control_ids.items() if mark == END and END in self.template}
+        self.eos_ids = frozenset(map(int.__index__, ends)) | chatml
 
     def encode(self, text, bos=None, eos=False, first=True):
         """The ids of a text, with first=False of one after a mark. "</s>" in it is only text. With
@@ -280,7 +278,10 @@ class Tokenizer:
         In v1 (Mixtral 8x7B), [INST] and [/INST] are text, and the system text is put before the
         first user text; in v2 and v3 they are control ids, and it is put before the last one.
         """
-        form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
+        try:
+            form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
+        except (KeyError, TypeError):
+            form = repr(messages)
         if not re.fullmatch("(system:str )?user:str( assistant:(str|list) user:str)*", form):
             raise ValueError(f"chat: wanted texts of (system,) user, …, user; got {form!r:.99}")
         ids = (self._encode_chatml if START in self.template else self._encode_inst)(messages)
@@ -294,7 +295,7 @@ class Tokenizer:
             return None  # such as the formats of Llama 2 and of Mistral's v7
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         turns = [message["content"] for message in messages if message["role"] != "system"]
-        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0
+        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0  # no ids in v1
         for n, text in enumerate(turns):
             if n % 2:  # of the assistant
                 if isinstance(text, str):
@@ -370,8 +371,7 @@ class StreamDecoder:
         piece = t.texts.get(i, "").replace(SPACE, " ")
         if i in t.control or not piece:
             return text
-        if not self.has_begun and t.in_front:
-            piece = piece.removeprefix(" ")
+        piece = piece.removeprefix(" " * (t.in_front and not self.has_begun))
         self.has_begun = True
         return text + (" ⁇ " if i == t.unk_id else piece)
 

@@ -536,7 +536,7 @@ def test_a_file_that_cannot_be_written_ends_in_one_line(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: convert.argparse.Namespace(free=limit))
-    refused("does not fit", capsys, source, out)
+    refused("MB are free", capsys, source, out)
     assert contents(tmp_path) == ["raw"]
 
 

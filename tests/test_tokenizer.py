@@ -721,7 +721,8 @@ def test_an_id_without_a_piece_has_no_text(own):
 
 
 @pytest.mark.parametrize("messages", [
-    [], [message("tool\n", "a")], conversation("a", "b"), [message("assistant", "a")],
+    "a", message("user", "a"), [*conversation("a", "b"), "c"], [{"role": "user"}], [], 5,
+    [message("tool\n", "a")], conversation("a", "b"), [message("assistant", "a")],
     [message("system", "a")], conversation("a") * 2, conversation("a") * 3,
     conversation("a", system="b") * 2, [message("user", None)], conversation("a", (5,), "b"),
     conversation("a", system=[5]), conversation([5])])
