@@ -30,8 +30,7 @@ needed and may drop it again at any time, and besides these pages a conversion h
 its converted copy. Pickled files are opened with weights_only=True and cannot run code. The output
 is written to `.OUT.part` beside OUT, and renamed to OUT when it is complete.
 
-Not included: other quantised formats, LoRA weights, pieces that a v3 tokenizer declares as whole
-(its tokenizer.json spells them out), and two runs that write the same output at the same time.
+Not included: other quantised formats, LoRA weights, pieces that a v3 tokenizer declares as whole.
 
 Exit codes: 0 success, 1 bad input, 2 bad arguments, 130 interrupted.
 """
@@ -66,7 +65,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixtral import MixtralConfig
-from tokenizer import FILES, Tokenizer
+from tokenizer import FILES, Tokenizer, read_file
 
 # ------------------------------------------------------------------ names, shapes and row order
 
@@ -162,11 +161,6 @@ class Checkpoint(NamedTuple):
     files: list[Path]  # which hold the tensors
     notes: list[str]  # what was ignored or assumed, one sentence each
 
-    @property
-    def scheme(self):
-        """The quantization_config, or None if no weights have 4 bits."""
-        return self.raw.get("quantization_config")
-
 
 class Target(NamedTuple):
     """What to convert a checkpoint to."""
@@ -201,10 +195,7 @@ def converted(checkpoint, parameter, target):
     if f"{name}_packed" not in tensors:
         return rounded(read(checkpoint, parameter, target), target.dtype, name).contiguous()
     pieces = load_int4().unpacked_exactly(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
-    weight, n = torch.empty(parameter.shape, dtype=target.dtype), 0
-    for piece in pieces:
-        weight[n:n + len(piece)] = rounded(piece, target.dtype, name)
-        n += len(piece)
+    weight = torch.cat([rounded(piece, target.dtype, name) for piece in pieces])
     return in_row_order(weight, checkpoint, parameter, target)
 
 
@@ -223,9 +214,9 @@ def load_int4():
     """The module fast/int4.py. Raises ValueError if it is not there."""
     try:
         from fast import int4
+        return int4
     except ImportError as error:
         raise ValueError(f"4-bit weights need fast/int4.py beside convert.py: {error}") from None
-    return int4
 
 
 def in_4_bits(checkpoint, parameter, target, errors):
@@ -263,12 +254,10 @@ def output_tensors(checkpoint, target, errors):
         if target.group_size and p.expert is not None:
             tensors |= in_4_bits(checkpoint, p, target, errors)
         elif target.scheme and f"{name}_packed" in checkpoint.tensors:
-            packed, scale, shape = (f"{name}{end}" for end in ("_packed", "_scale", "_shape"))
-            scales = checkpoint.tensors[scale]
-            tensors[packed] = checkpoint.tensors[packed]
-            tensors[scale] = Lazy(scales.shape, target.dtype,
-                                  partial(rounded, scales, target.dtype, scale))
-            tensors[shape] = checkpoint.tensors[shape]
+            for part in (f"{name}_packed", f"{name}_scale", f"{name}_shape"):
+                old = checkpoint.tensors[part]
+                dtype = target.dtype if old.is_floating_point() else old.dtype
+                tensors[part] = Lazy(old.shape, dtype, partial(rounded, old, dtype, part))
         else:
             tensors[name] = Lazy(p.shape, target.dtype, partial(converted, checkpoint, p, target))
     return tensors
@@ -345,7 +334,8 @@ def write_small_files(source, part, config, target):
     if found and found[0].suffix != ".json":  # newer releases call it tokenizer.model.v3
         shutil.copyfile(found[0], part / "tokenizer.model")
     elif not found or target.layout == MISTRAL:
-        report(f"{source} has no tokenizer.model; copy the one of this model to the output")
+        missing = "tokenizer.model, and Mistral's code reads no other" if found else "tokenizer"
+        report(f"{source} has no {missing}; copy the one of this model to the output")
     extras = [name for name in EXTRAS if (source / name).exists()]
     if target.layout == MISTRAL:
         write_json(part / "params.json", params_from_config(config))
@@ -361,28 +351,27 @@ def write_small_files(source, part, config, target):
     if t.vocab_size > config.vocab_size:
         raise ValueError(f"{source}: the tokenizer has {t.vocab_size} pieces, the model only "
                          f"{config.vocab_size}; they do not belong together")
-    texts = dict(enumerate(t.pieces)) | t.added
     if not (part / "tokenizer.json").exists():
-        write_json(part / "tokenizer.json", fast_tokenizer(t, texts))
+        write_json(part / "tokenizer.json", fast_tokenizer(t))
     if not (part / "tokenizer_config.json").exists():
         ids = {"bos_token": t.bos_id, "eos_token": t.eos_id, "unk_token": t.unk_id}
         write_json(part / "tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            **{name: texts[i] for name, i in ids.items()}})
+            **{name: t.texts[i] for name, i in ids.items()}})
 
 
-def fast_tokenizer(t, texts):
+def fast_tokenizer(t):
     """The tokenizer.json of a tokenizer: a ▁ in front, ▁ for each space, BPE, and BOS first."""
     plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": texts[i], "special": i in t.control or i == t.unk_id} | plain
-            for i in sorted({t.unk_id, *t.control, *t.added})],
+            {"id": i, "content": t.texts[i], "special": i in t.control or i == t.unk_id} | plain
+            for i in sorted(t.texts) if i in t.control or i == t.unk_id or i >= t.vocab_size],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
-        "post_processor": bos_template(t),
+        "post_processor": bos_template(t) if t.adds_bos else None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -394,7 +383,7 @@ def fast_tokenizer(t, texts):
 
 def bos_template(t):
     """The post-processor that puts BOS in front of a text or of a pair of texts."""
-    bos = t.pieces[t.bos_id]
+    bos = t.texts[t.bos_id]
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
     return {"type": "TemplateProcessing",
@@ -427,7 +416,9 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
     target = choose_target(source, checkpoint, to, dtype, group_size)
     files = shards(output_tensors(checkpoint, target, errors), to, limit)
     announce(source, out, checkpoint, target, files)
-    check_space(out, total_size(files))
+    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
+    if (size := total_size(files)) > free:
+        raise ValueError(f"{out}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
     with complete_or_absent(out, directory=True) as part:
         write_small_files(source, part, checkpoint.config, target)  # first, since it may refuse
         write_weights(part, files)
@@ -437,13 +428,11 @@ def convert(source, out, to=HUGGINGFACE, dtype=None, limit=4 * 10**9, group_size
 
 
 def choose_target(source, checkpoint, to, dtype, group_size):
-    """What to convert a checkpoint to; by default its dtype is kept.
-
-    Raises ValueError if the checkpoint cannot be converted to that.
-    """
+    """What to convert a checkpoint to, by default in its dtype. Raises ValueError if it cannot."""
+    scheme = checkpoint.raw.get("quantization_config")
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()} & set(FLOATS.values())
     if group_size is not None:
-        if checkpoint.scheme is not None:
+        if scheme is not None:
             raise ValueError(f"{source}: has 4-bit weights already; leave out --dtype to keep them")
         int4 = load_int4()
         int4.check_group_size(group_size, checkpoint.config)
@@ -453,9 +442,11 @@ def choose_target(source, checkpoint, to, dtype, group_size):
         return Target(to, dtype, int4.scheme_of(group_size), group_size)
     if dtype:
         return Target(to, dtype)
-    if checkpoint.scheme is not None and to == MISTRAL:
+    if scheme is not None and to == MISTRAL:
         raise ValueError(f"{source}: Mistral's layout has no 4-bit weights; add --dtype bfloat16")
-    return Target(to, dtype_of_experts(checkpoint), checkpoint.scheme)
+    if scheme is not None:
+        load_int4().check_embeddings(checkpoint.tensors)
+    return Target(to, dtype_of_experts(checkpoint), scheme)
 
 
 def shards(tensors, to, limit):
@@ -510,22 +501,27 @@ def write_weights(part, files):
 # ------------------------------------------------------------------ opening a checkpoint
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of weights
 WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
-# What other programs store beside the weights: frequencies of the rotation, which follow from
-# rope_theta, and scales for a cache of 8 bits.
+# Beside the weights, other programs store frequencies of the rotation, and scales of 8-bit caches.
 NO_WEIGHTS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale")
+HINTS = {  # what the names of files tell about a directory without weights that can be read
+    "adapter_config.json": "a LoRA adapter; merge it into its model with merge_and_unload of peft",
+    "snapshots/*": "a cache of Hugging Face; the checkpoint is in {}",
+    "*.gguf": "GGUF is the format of llama.cpp and is not read",
+    **dict.fromkeys(("zero_to_fp32.py", "global_step*", "mp_rank_*"),
+                    "a checkpoint of DeepSpeed; run its zero_to_fp32.py first"),
+    "*.distcp": "a checkpoint of FSDP; run first: accelerate merge-weights"}
 
 
 def open_checkpoint(directory):
-    """Find out which layout a directory holds and check it against its configuration.
-
-    Raises ValueError listing what is wrong.
-    """
+    """Find out which layout a directory holds, and check it. Raises ValueError if it is bad."""
     directory = Path(directory)
     tensors, files, notes = open_files(directory)
     if (directory / "adapter_config.json").exists():
         notes.append("the LoRA adapter that lies beside the model is ignored")
-    if skipped := [name for name in tensors if name.endswith(NO_WEIGHTS)]:
+    if skipped := [name for name, tensor in tensors.items() if name.endswith(NO_WEIGHTS)
+                   or name.endswith(".weight_zero_point") and not tensor.any()]:
         notes.append(f"{len(skipped)} tensors are not weights and ignored, such as {skipped[0]}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     refuse_prefixes(directory, tensors)
@@ -534,10 +530,9 @@ def open_checkpoint(directory):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
                          f"{len(tensors)} is {next(iter(tensors), None)}")
     layout = matches.index(max(matches))
-    config, raw = read_configuration(directory, layout)
-    kinds = {name: "floats" if tensor.dtype in FLOATS.values() else str(tensor.dtype)
-             for name, tensor in tensors.items()}
-    found = {name: f"{kind} of shape {list(tensors[name].shape)}" for name, kind in kinds.items()}
+    config, raw = read_configuration(directory, layout, tensors, notes)
+    found = {name: f"{'floats' if x.dtype in FLOATS.values() else x.dtype} of shape "
+             f"{list(x.shape)}" for name, x in tensors.items()}
     wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
     problems = [f"{name}: wanted {wanted.get(name, 'no such tensor')}, got "
                 f"{found.get(name, 'none')}" for name in dict.fromkeys([*found, *wanted])
@@ -557,6 +552,9 @@ def refuse_prefixes(directory, names):
     if "layers.0.self_attn.q_proj.weight" in names:
         raise ValueError(f"{directory}: put the prefix 'model.' in front of the names of all "
                          "tensors but lm_head.weight")
+    if quantised := [name for name in names if name.endswith(".qweight")]:
+        raise ValueError(f"{directory}: {quantised[0]} is in the format of GPTQ or AWQ; of all "
+                         "quantised formats only pack-quantized of compressed-tensors loads")
     if "model.layers.0.mlp.experts.gate_up_proj" in names:
         raise ValueError(f"{directory}: experts as transformers 5 joins them; use save_pretrained")
 
@@ -583,17 +581,34 @@ def dtype_of_experts(checkpoint):
     return dtype
 
 
-def read_configuration(directory, layout):
+def read_configuration(directory, layout, tensors, notes):
     """The configuration in a directory of this layout, and the JSON object that it is read from."""
     path = directory / ("config.json" if layout == HUGGINGFACE else "params.json")
-    raw = read_json(path)
+    raw = read_file(path)
     try:
+        if layout == HUGGINGFACE:
+            raw = in_our_terms(path, raw, tensors, notes)
         config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(path, raw)
     except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
         raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
     if config.num_hidden_layers * config.num_local_experts > 2**14:  # to list so many takes hours
         raise ValueError(f"{path}: num_hidden_layers or num_local_experts is too large")
     return config, raw
+
+
+def in_our_terms(path, raw, tensors, notes):
+    """A config.json in the terms of mixtral.py; adds a tied output projection to the tensors."""
+    rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
+    kind, rope_type = raw.get("model_type"), rope.get("type", rope.get("rope_type", "default"))
+    if kind not in ("mixtral", None) or rope_type != "default":
+        raise ValueError(f"{path}: wanted a mixtral with rope_type default, got a {kind} with "
+                         f"rope_type {rope_type}")
+    embedding, head = NAMES[0][HUGGINGFACE], NAMES[-1][HUGGINGFACE]
+    if raw.get("tie_word_embeddings") and head not in tensors and embedding in tensors:
+        tensors[head] = tensors[embedding]
+        notes.append("the embedding is the output projection too, as tie_word_embeddings says")
+        raw = raw | {"tie_word_embeddings": False}
+    return raw | {"sliding_window": raw.get("sliding_window") or None}  # 0 means no window
 
 
 def expected_tensors(layout, config, scheme, tensors):
@@ -656,8 +671,9 @@ def choose_files(directory):
     it was left over from another upload and is ignored. Raises ValueError if there are no weights.
     """
     if not directory.is_dir():
-        raise ValueError(f"{directory}: {'is a file' if directory.exists() else 'does not exist'}; "
-                         "wanted the directory of a checkpoint")
+        kind = HINTS.get(f"*{directory.suffix}", "is a file")
+        raise ValueError(f"{directory}: {kind if directory.exists() else 'does not exist'}; wanted "
+                         "the directory of a checkpoint")
     notes = []
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"),
                          ("consolidated", ".safetensors")):
@@ -677,7 +693,7 @@ def choose_files(directory):
 
 def read_index(path):
     """The name of the file of each tensor. Raises ValueError if an index does not hold that."""
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_file(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path}: wanted a weight_map from names of tensors to files")
     return {name: os.path.basename(str(file)) for name, file in weight_map.items()}
@@ -692,9 +708,9 @@ def other_files(directory, notes):
         whole = shlex.quote(str(directory / "consolidated.00.pth"))
         raise ValueError(f"{directory}: join the parts of the file first, with: "
                          f"cat {whole}-split{{0..{len(parts) - 1}}} > {whole}")
-    if (directory / "adapter_config.json").exists():
-        raise ValueError(f"{directory}: holds a LoRA adapter and not a model; merge it into its "
-                         "base model first, for example with merge_and_unload of peft")
+    for pattern, hint in HINTS.items():
+        if found := sorted(directory.glob(pattern)):
+            raise ValueError(f"{directory}: {hint.format(' or '.join(map(str, found)))}")
     if files := sorted(directory.glob("*.safetensors")):
         return files
     raise ValueError("; ".join([f"{directory}: no weights here; wanted model*.safetensors, "
@@ -715,15 +731,6 @@ def what_is_wrong(path, error):
     return f"{cause}; if it is a download, repeat it"
 
 
-def read_json(path):
-    """The object in a JSON file, which may begin with a byte order mark. Raises ValueError."""
-    try:
-        return {**json.loads(Path(path).read_text(encoding="utf-8-sig"))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as a JSON object: "
-                         f"{what_is_wrong(Path(path), error)}") from None
-
-
 def open_pickle(path):
     """The tensors in a file of torch.save by name, mapped. Raises an error of any type."""
     with zipfile.ZipFile(path) as archive:
@@ -733,6 +740,8 @@ def open_pickle(path):
     content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     if not isinstance(content, dict):
         raise ValueError(f"wanted a dict of tensors, got {type(content).__name__}")
+    for name in ("model", "state_dict"):  # as programs for training save it, with their own state
+        content = content[name] if isinstance(content.get(name), dict) else content
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_cpu:
             raise ValueError(f"{name} is not a dense tensor")
@@ -740,9 +749,6 @@ def open_pickle(path):
 
 
 # ------------------------------------------------------------------ writing files
-
-FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of weights
-
 
 class Lazy(NamedTuple):
     """A tensor for `write_safetensors` that is computed when it is written.
@@ -855,13 +861,6 @@ def remove(path):
     """Delete a file or a directory with all it holds, if it exists."""
     shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
     path.unlink(missing_ok=True)
-
-
-def check_space(out, size):
-    """Raises ValueError if so many bytes do not fit on the disk."""
-    free = shutil.disk_usage(next(path for path in out.parents if path.exists())).free
-    if size > free:
-        raise ValueError(f"{out}: needs {size / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
 
 
 # ------------------------------------------------------------------ the command line

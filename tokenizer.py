@@ -17,13 +17,10 @@ The vocabulary is a list of pieces, and the index of a piece is its id. There ar
     unknown        <unk>; because of the byte pieces, no text encodes to it
     user-defined   matched as a whole before any merge, for example [REFERENCE_DOC_0] in v3
 
-Here v1, v2 and v3 are the versions of Mistral's tokenizer.model, and Mixtral 8x7B has v1. They
-differ in their control and user-defined pieces, and so in the format of a chat. Fine-tunes add
-tokens such as <|im_start|>, and some have a tokenizer.json in place of the tokenizer.model. No text
-that a user gives encodes to one of them or to a control piece; `encode_chat` puts them in place.
-Because the same words occur again and again, a text is split into words, at places that no merge
-can cross, and the ids of short words are remembered. sentencepiece parses a tokenizer.model. Not
-supported are training, unigram models, unused pieces and other normalisers.
+Here v1, v2 and v3 are versions of Mistral's tokenizer.model; Mixtral 8x7B has v1. Fine-tunes add
+tokens such as <|im_start|>. No text of a user encodes to one or to a control piece; `encode_chat`
+puts them in place. A text is split into words at places that no merge can cross, and the ids of
+short words are remembered. Training, unigram models and other normalisers are not supported.
 """
 
 import codecs
@@ -31,7 +28,6 @@ import heapq
 import json
 import re
 import struct
-from contextlib import suppress
 from math import copysign
 from pathlib import Path
 
@@ -46,7 +42,7 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
-STAND_IN = " \ue000\\d+\n"  # for the content of a message while a chat template runs
+GAP = "\x1f"  # white space that no text has; see `_encode_chatml`
 
 
 def merge(word, scores, gap=""):
@@ -79,22 +75,21 @@ def merge(word, scores, gap=""):
     return [word[start:end] for start, end in enumerate(end_of) if end]
 
 
-def read(path, parse):
+def read_file(path, parse=lambda data: {**json.loads(data)}):
     """What `parse` makes of the bytes of a file. Raises a ValueError that names the file."""
     try:
         data = path.read_bytes()
-        if data.startswith(b"version https://git-lfs"):
-            raise ValueError("a Git LFS pointer in place of the file; get it with: git lfs pull")
+        if not data or data.startswith(b"version https://git-lfs"):
+            raise ValueError("empty, or a Git LFS pointer; get the file with: git lfs pull")
         return parse(data)
     except (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = "no " * isinstance(error, KeyError) + (getattr(error, "strerror", 0) or str(error))
-        raise ValueError(f"{path}: not a usable tokenizer: {repr(reason)[1:-1]}") from None
+        raise ValueError(f"{path}: not usable: {repr(reason)[1:-1]}") from None
 
 
 def prefix_rule(raw):
-    """Three answers: does a tokenizer.json put a ▁ before a text, after a control token, and before
-    another ▁? None if it changes texts in a way that is not known here.
-    """
+    """Whether a tokenizer.json puts a ▁ before a text, after a control token, and before another ▁.
+    The result is None if it changes texts in a way that is not known here."""
     normalizer, splitter = raw.get("normalizer"), raw.get("pre_tokenizer")
     if normalizer and not splitter:
         steps = normalizer.get("normalizers", [normalizer])
@@ -107,9 +102,8 @@ def prefix_rule(raw):
 def word_pattern(unions):
     """The regular expression of a word, at whose ends no merge crosses.
 
-    In Mistral's models a piece has ▁ only in front, and no Latin letter next to a character of
-    another kind. So a word is a run of letters or of other characters, with the ▁ in front of it.
-    Without the second property it ends only before a ▁, and without the first it is all the text.
+    In Mistral's models a piece has ▁ only in front, and no Latin letter beside other characters.
+    Without the second property a word ends only before a ▁, and without the first nowhere.
     """
     for text in (f"[{LATIN}]+|[^{LATIN}{SPACE}]+", f"[^{SPACE}]+"):
         pattern = re.compile(f"{SPACE}*(?:{text})|{SPACE}+")
@@ -124,25 +118,26 @@ class Tokenizer:
     In a directory, other files may add tokens, name BOS and EOS, and give a chat template. Raises
     ValueError for a file that is missing, damaged or not byte-fallback BPE.
 
-    vocab_size, pieces, added   number of pieces, list of their texts, dict of those of added ids
+    vocab_size, pieces, texts   number of pieces, list of them, dict from id to text with added ids
     bos_id, eos_id, unk_id      the ids of <s>, </s>, <unk>; a directory may name other BOS and EOS
     eos_ids                     the set of ids that end a text: those of generation_config.json,
                                 else of config.json, else eos_id, and in ChatML also <|im_end|>
-    ids, control_ids            from text to id: of pieces that a text encodes to, of control tokens
     """
 
     def __init__(self, path):
         path = directory = Path(path)
         if path.is_dir():  # of several files the first of FILES
             path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
-        def extra(name, parse=lambda data: {**json.loads(data)}):  # a byte order mark is dropped
-            return read(directory / name, parse) if (directory / name).exists() else {}
 
-        raw = read(path, json.loads) if path.suffix == ".json" else extra("tokenizer.json")
+        def extra(name, *parse):
+            return read_file(directory / name, *parse) if (directory / name).exists() else {}
+
+        raw = read_file(path) if path.suffix == ".json" else extra("tokenizer.json")
         settings = extra("special_tokens_map.json") | extra("tokenizer_config.json")
         template = extra("chat_template.jinja", bytes.decode) or settings.get("chat_template") or ""
         tokens = {i: {"content": text} for text, i in extra("added_tokens.json").items()}
         ends = [extra(f"{name}config.json").get("eos_token_id") for name in ("generation_", "")]
+
         def load(data):
             rule = prefix_rule(raw)
             if path.suffix == ".json":
@@ -154,7 +149,11 @@ class Tokenizer:
             tokens.update({int(i): t for i, t in settings.get("added_tokens_decoder", {}).items()})
             self._add(tokens, settings.get("bos_token"), settings.get("eos_token"))
             self._set_chat_and_ends(template, [*ends, self.eos_id])
-        read(path, load)
+            frame = json.dumps(raw.get("post_processor"))  # what is put around a text
+            self.adds_bos = settings.get("add_bos_token") is not False and (
+                frame == "null" or '"single": [{"SpecialToken"' in frame)
+
+        read_file(path, load)
 
     def _read_model(self, data, rule):
         sentencepiece.set_min_log_level(2)  # no warnings to standard error; errors are raised
@@ -175,11 +174,11 @@ class Tokenizer:
         self._add({i: {"content": pieces[i]} for i in every if kinds[i] == CONTROL})
         # The spaces, the ligature and the tab reveal other normalisers, the pieces other models.
         text = "".join(["  Aﬁ\t ", " ".join(user_defined), *[*scores][:300], *[*scores][-100:]])
-        more = [*(ids := self.encode(text, bos=False)), *self.control, self.unk_id, *self.byte_ids]
-        same = model.encode(text) == ids and model.decode(more) == self.decode(more)
-        if not same or UNUSED in kinds:
-            raise ValueError("wanted BPE that keeps all spaces, no normaliser and no unused "
-                             "pieces, but sentencepiece encodes or decodes a sample differently")
+        ids = self.encode(text, bos=False)
+        more = [*ids, *self.control, self.unk_id, *self.byte_ids]
+        if model.encode(text) != ids or model.decode(more) != self.decode(more) or UNUSED in kinds:
+            raise ValueError("wanted BPE that keeps spaces, no normaliser and no unused pieces, "
+                             "but sentencepiece decodes or encodes a sample differently")
 
     def _read_json(self, raw, rule):
         model, vocab = raw["model"], raw["model"]["vocab"]
@@ -222,13 +221,11 @@ class Tokenizer:
                 self.user_defined.pop(text, None)
                 for n in range(len(text)):  # so that no merge makes it
                     self.scores.pop(text[:n] + self.gap + text[n:], None)
-        self.word_ids, self.added = {}, {i: texts[i] for i in texts if i >= self.vocab_size}
-        longest_first = sorted(self.user_defined, key=len, reverse=True)
-        either = "|".join(map(re.escape, longest_first)) or "(?!)"  # (?!) matches nothing
-        self.user_defined_pattern = re.compile(f"({either})")
+        self.word_ids, self.texts = {}, texts
+        longest_first = sorted(map(re.escape, self.user_defined), key=len, reverse=True)
+        self.user_defined_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.control_ids = {texts[i]: i for i in sorted(self.control)}
-        marks = [mark for mark in ("[INST]", "[/INST]") if mark in self.control_ids]
-        self.inst_ids = [self.control_ids[mark] for mark in marks]  # empty in v1
+        self.inst_ids = [i for mark, i in self.control_ids.items() if mark in ("[INST]", "[/INST]")]
         self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
         self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
 
@@ -237,22 +234,19 @@ class Tokenizer:
             template = {t["name"]: t["template"] for t in template}.get("default", "no default")
         marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
         self.template = template or marks[0]  # its first mark stands for a template that is missing
-        self.has_chatml = START in self.template and END in self.template
         ends = next(ids if isinstance(ids, list) else [ids] for ids in ends if ids is not None)
-        self.eos_ids = frozenset(map(int.__index__, ends))
-        if self.has_chatml and END in marks:
-            self.eos_ids |= {self.control_ids[END]}
+        chatml = {i for mark, i in self.control_ids.items() if mark == END and END in self.template}
+        self.eos_ids = frozenset(map(int.__index__, ends)) | chatml
 
-    def encode(self, text, bos=True, eos=False, first=True):
-        """The ids of a text, with first=False of one after a mark. "</s>" in it is only text.
-
-        Raises ValueError if it is not a str or has a lone surrogate.
-        """
+    def encode(self, text, bos=None, eos=False, first=True):
+        """The ids of a text, with first=False of one after a mark. "</s>" in it is only text. With
+        bos=None the directory decides about BOS. Raises ValueError for a lone surrogate."""
         try:
             str.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise ValueError(f"text must be a str without lone surrogates: {error}") from None
-        ids, text = [self.bos_id] * bos, text.replace(" ", SPACE)
+        ids = [self.bos_id] * (self.adds_bos if bos is None else bos)
+        text = text.replace(" ", SPACE)
         is_prefixed = self.in_front if first else self.after_mark
         if text and is_prefixed and (self.doubled or text[0] != SPACE):
             text = SPACE + text
@@ -266,12 +260,9 @@ class Tokenizer:
 
     def _encode_word(self, word):
         ids = []
-        for symbol in merge(word, self.scores, self.gap):
-            known = symbol in self.ids
-            ids += [self.ids[symbol]] if known else [self.byte_ids[b] for b in symbol.encode()]
-        if len(word) <= MAX_WORD_LENGTH:
-            if len(self.word_ids) >= MAX_WORDS:
-                self.word_ids.clear()
+        for s in merge(word, self.scores, self.gap):
+            ids += [self.ids[s]] if s in self.ids else [self.byte_ids[b] for b in s.encode()]
+        if len(word) <= MAX_WORD_LENGTH and len(self.word_ids) < MAX_WORDS:
             self.word_ids[word] = ids
         return ids
 
@@ -292,17 +283,19 @@ class Tokenizer:
         except (KeyError, TypeError):
             form = repr(messages)
         if not re.fullmatch("(system:str )?user:str( assistant:(str|list) user:str)*", form):
-            raise ValueError("chat: wanted texts of an optional system, then of user and assistant "
-                             f"in turn, from user to user; got {form!r:.200}")
-        if self.has_chatml:
-            return self._encode_chatml(messages)
-        is_other = "[INST]" not in self.template or "<<SYS>>" in self.template  # of Llama 2
-        if is_other or "[SYSTEM_PROMPT]" in self.control_ids:
-            raise ValueError("chat: the chat template is not that of Mistral's v1 to v3 or ChatML: "
-                             f"{self.template!r:.80}; plain texts work as ever")
+            raise ValueError(f"chat: wanted texts of (system,) user, …, user; got {form!r:.99}")
+        ids = (self._encode_chatml if START in self.template else self._encode_inst)(messages)
+        if ids is None:
+            raise ValueError("chat: plain texts work, but the chat template is not Mistral's, nor "
+                             f"ChatML that keeps all texts: {self.template!r:.80}")
+        return ids
+
+    def _encode_inst(self, messages):
+        if "[INST]" not in self.template or re.search("<<SYS>>|SYSTEM_PROMPT", self.template):
+            return None  # such as the formats of Llama 2 and of Mistral's v7
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         turns = [message["content"] for message in messages if message["role"] != "system"]
-        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0
+        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0  # no ids in v1
         for n, text in enumerate(turns):
             if n % 2:  # of the assistant
                 if isinstance(text, str):
@@ -315,28 +308,39 @@ class Tokenizer:
         return ids
 
     def _encode_chatml(self, messages):
-        """The ids of what the chat template writes. It is a program, so it is run, but on stand-ins
-        for the contents, since a user's text must not become a control id. It has to write each of
-        them as it is and in order.
+        """The ids of what the chat template writes; None if it fails, or drops or changes a text.
+
+        It is a program. While it runs, GAP is between all characters of the texts, so that no part
+        of them becomes a control id. Since it is white space, a template can still strip the texts.
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # which comes with torch
-        contents, text = {f" \ue000{n}\n": m["content"] for n, m in enumerate(messages)}, ""
-        shown = [m | {"content": f" \ue000{n}\n"} for n, m in enumerate(messages)]
-        names = {i: name for name, i in self.control_ids.items()}
-        special = {"bos_token": names[self.bos_id], "eos_token": names[self.eos_id]}
-        with suppress(Exception):  # of any kind, since the program is a stranger's
+
+        def written(contents):
+            shown = [m | {"content": text} for m, text in zip(messages, contents, strict=True)]
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-            text = environment.from_string(self.template, special).render(
-                messages=shown, add_generation_prompt=True)
-        known = {name: [i] for i, name in names.items()} | {
-            name: drawn for name, drawn in contents.items() if isinstance(drawn, list)}
+            return environment.from_string(self.template).render(
+                messages=shown, tools=None, documents=None, add_generation_prompt=True,
+                bos_token=self.texts[self.bos_id], eos_token=self.texts[self.eos_id])
+
+        contents = {f"\ue000{n}\ue001": m["content"] for n, m in enumerate(messages)}
+        drawn = {name: ids for name, ids in contents.items() if isinstance(ids, list)}
+        try:
+            named = written(contents)
+            plain = written(name if name in drawn else contents[name] for name in contents)
+            text = written(name if name in drawn else GAP.join(contents[name]) for name in contents)
+        except Exception:  # of any kind, since the program is a stranger's
+            return None
+        known = {name: [i] for name, i in self.control_ids.items() if len(name) > 1} | drawn
         either = "|".join(sorted(map(re.escape, known), key=len, reverse=True))
         parts = re.split(f"({either})", text)
-        if not {START, END} <= {*parts} or re.findall(STAND_IN, text) != [*contents]:
-            raise ValueError("chat: the chat template fails, changes texts, or has marks that are "
-                             f"no tokens: {self.template!r:.80}; plain texts work as ever")
-        return [i for part in parts for i in (known[part] if part in known else self.encode(re.sub(
-            STAND_IN, lambda name: contents[name[0]], part), bos=False, first=False))]
+        is_complete = {START, END} <= {*parts} and all(name in named for name in contents)
+        if not is_complete or text.replace(GAP, "") != plain:
+            return None
+        ids = []
+        for part in parts:
+            text = part.replace(GAP, "")
+            ids += known[part] if part in known else self.encode(text, bos=False, first=False)
+        return ids
 
     def decode(self, ids):
         """The text of ids, without the space that `encode` puts in front: nothing for control ids,
@@ -362,19 +366,15 @@ class StreamDecoder:
             raise ValueError(f"an id is an int from 0 on, got {i!r:.40}")
         if i in t.byte_of:
             self.has_begun = True
-            return self._decode_bytes(bytes([t.byte_of[i]]))
+            return self.flush(bytes([t.byte_of[i]]), final=False)
         text = self.flush()
-        piece = t.pieces[i] if i < t.vocab_size else t.added.get(i, "")
+        piece = t.texts.get(i, "").replace(SPACE, " ")
         if i in t.control or not piece:
             return text
-        piece = " ⁇ " if i == t.unk_id else piece.replace(SPACE, " ")
-        if not self.has_begun and i != t.unk_id and t.in_front:
-            piece = piece.removeprefix(" ")
+        piece = piece.removeprefix(" " * (t.in_front and not self.has_begun))
         self.has_begun = True
-        return text + piece
+        return text + (" ⁇ " if i == t.unk_id else piece)
 
-    def flush(self):
-        return self._decode_bytes(b"", final=True)
-
-    def _decode_bytes(self, data, final=False):
+    def flush(self, data=b"", final=True):
+        """The text of unfinished bytes and of more; at the end, U+FFFD for each that is left."""
         return re.sub("[\udc80-\udcff]", "\ufffd", self.utf8.decode(data, final))

@@ -174,6 +174,13 @@ def check_scheme(scheme):
                          "compressed-tensors writes it") from None
 
 
+def check_embeddings(names):
+    """Raises ValueError if the embedding or the output projection has 4 bits."""
+    for name in ("model.embed_tokens", "lm_head"):
+        if f"{name}.weight_packed" in names:
+            raise ValueError(f"{name} in 4 bits is not supported; convert with --dtype bfloat16")
+
+
 def group_size(name, columns, tensors):
     """G of the matrix `name`, from its words and scales in the dict `tensors`.
 
@@ -214,8 +221,7 @@ def use_int4(model, scheme, weights):
     ValueError for another quantised format.
     """
     check_scheme(scheme)
-    if "lm_head.weight_packed" in weights:
-        raise ValueError("lm_head in 4 bits is not supported; convert with --dtype bfloat16")
+    check_embeddings(weights)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and f"{name}.weight_packed" in weights:
             outputs, inputs = layer.weight.shape

@@ -234,24 +234,28 @@ TEXTS = ["", "Hello my name is", "My favourite condiment is ", "This is 🦙.cpp
 def test_auto_tokenizer_reads_the_output_and_gives_the_same_ids(tmp_path, out):
     transformers = pytest.importorskip("transformers")
     data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
-    for number, name in enumerate(("tokenizer.model.v1",
-                                   "mistral_instruct_tokenizer_240216.model.v2")):
-        ours = Tokenizer(data / name)
-        model = random_model(vocab_size=ours.vocab_size, dtype=torch.float32)
+    v1, v2 = "tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2"
+    added = {"bos_token": "<b>", "added_tokens_decoder": {"32000": {"content": "<b>"}}}
+    for number, (name, config) in enumerate([
+            (v1, {}), (v2, {}), (v1, added), (v1, {"bos_token": "<s>", "add_bos_token": False})]):
+        model = random_model(vocab_size=Tokenizer(data / name).vocab_size, dtype=torch.float32)
         source = mistral_pickle(model, tmp_path / f"raw{number}")
         shutil.copy(data / name, source / "tokenizer.model")
+        if config:
+            (source / "tokenizer_config.json").write_text(json.dumps(config))
         assert run(source, out / str(number)) == 0
+        ours = Tokenizer(source)
         theirs = transformers.AutoTokenizer.from_pretrained(out / str(number))
         for text in TEXTS:
             assert theirs(text).input_ids == ours.encode(text), text
             assert theirs(text, "b").input_ids == ours.encode(text) + ours.encode("b", bos=False)
             assert theirs.decode(ours.encode(text), skip_special_tokens=True) == ours.decode(
                 ours.encode(text)), text
-        assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+        assert ours.bos_id == (32000 if config == added else 1)
 
 
 def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_found(
-        tmp_path, out):
+        tmp_path, out, capsys):
     model = random_model(vocab_size=2048, dtype=torch.float32)
     source = save(model, tmp_path / "raw")
     shutil.copy(ROOT / "tiny" / "tokenizer.model", source / "tokenizer.model.v3")
@@ -263,6 +267,10 @@ def test_files_beside_the_weights_are_copied_and_a_tokenizer_with_a_version_is_f
                              "model.safetensors", "tokenizer.json", "tokenizer.model",
                              "tokenizer_config.json"]
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": [2, 7]}'
+    (out / "tokenizer.model").unlink()
+    capsys.readouterr()
+    assert run(out, tmp_path / "mistral", "--to", "mistral") == 0
+    assert "no tokenizer.model, and Mistral's code" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------ write_safetensors
@@ -507,7 +515,9 @@ def test_the_parts_of_a_split_file_are_joined_by_the_command_that_the_refusal_sh
 
 def test_what_is_there_already_is_never_touched(tmp_path, out, capsys):
     source = mistral_pickle(random_model(dtype=torch.float32), tmp_path / "raw")
+    (source / "a.gguf").touch()
     before = contents(source)
+    refused("llama.cpp", capsys, source / "a.gguf", out)
     refused("absent", capsys, tmp_path / "absent", out)
     for place in (source, source / ".." / "raw", tmp_path, source / "params.json"):
         refused("exists already", capsys, source, place)
@@ -515,7 +525,8 @@ def test_what_is_there_already_is_never_touched(tmp_path, out, capsys):
 
 
 @pytest.mark.parametrize("limit", [500, 20_000])
-def test_a_file_that_cannot_be_written_ends_in_one_line(limit, tmp_path, out, capsys):
+def test_a_file_that_cannot_be_written_ends_in_one_line(
+        limit, tmp_path, out, capsys, monkeypatch):
     """The limit on the size of a file stands for a full disk. It meets small and large files."""
     source = mistral_pickle(random_model(dtype=torch.float32), tmp_path / "raw")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -524,6 +535,8 @@ def test_a_file_that_cannot_be_written_ends_in_one_line(limit, tmp_path, out, ca
         refused("not written: File too large", capsys, source, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: convert.argparse.Namespace(free=limit))
+    refused("MB are free", capsys, source, out)
     assert contents(tmp_path) == ["raw"]
 
 

@@ -104,6 +104,9 @@ PIECES = [*BASE, *((text, -float(n), 1) for n, text in enumerate(
 IM = "'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'"
 TEMPLATES = {
     "plain": CHATML, "with BOS": "{{ bos_token }}" + CHATML,
+    "stripped": CHATML.replace("message['content']", "message['content'] | trim"),
+    "system text stripped on the left": CHATML.replace("message['content']", "(message['content']."
+        "lstrip() if message['role'] == 'system' else message['content'])"),
     "no newline": CHATML.replace(" + '\n'}}{% endfor", "}}{% endfor"),
     "default system": CHATML.replace(
         "{{'<|im", "{% if loop.first and message['role'] != 'system' %}"

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import convert
 import generate
 from convert import open_checkpoint, write_safetensors
+from mixtral import Mixtral
 from tokenizer import Tokenizer
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -64,6 +65,10 @@ def in_dtype(dtype, *ends):
         for name, tensor in tensors.items()})
 
 
+def in_config(**changes):
+    return lambda source: change_json(source / "config.json", **changes)
+
+
 def in_shards(source, names=ALL_SHARDS, index=True):
     """Replace model.safetensors by two files, and an index unless there shall be none."""
     tensors = load_file(source / "model.safetensors")
@@ -79,8 +84,9 @@ def in_shards(source, names=ALL_SHARDS, index=True):
 # ------------------------------------------------------------------ which files count
 
 
-def only_shards(source):
-    in_shards(source)
+def instead(name):
+    """A change of a directory that has something else in place of the file with its weights."""
+    return lambda source: (source / "model.safetensors").rename(source / name)
 
 
 def odd_names(source):
@@ -89,10 +95,6 @@ def odd_names(source):
 
 def no_index(source):
     in_shards(source, index=False)
-
-
-def another_name(source):
-    (source / "model.safetensors").rename(source / "Mixtral.safetensors")
 
 
 def older_shards_beside(source):
@@ -145,10 +147,6 @@ def adapter_beside(source):
     (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
-def rotary_frequencies(source):
-    with_more(self_attn__rotary_emb__inv_freq=torch.ones(2))(source)
-
-
 def scales_of_an_8_bit_cache(source):
     with_more(self_attn__k_scale=torch.ones(1), self_attn__v_scale=torch.ones(1),
               self_attn__kv_scale=torch.ones(()))(source)
@@ -156,10 +154,12 @@ def scales_of_an_8_bit_cache(source):
 
 @pytest.mark.claim
 @pytest.mark.parametrize("change, notes", [
-    (only_shards, 0), (odd_names, 0), (no_index, 0), (another_name, 0), (older_shards_beside, 0),
-    (downloaded_twice, 0), (mistral_files_beside, 0), (in_both_files, 0), (byte_order_marks, 0),
-    (left_over_index, 1), (adapter_beside, 1), (index_of_more_files, 1), (rotary_frequencies, 1),
-    (scales_of_an_8_bit_cache, 1)])
+    (in_shards, 0), (odd_names, 0), (no_index, 0), (instead("Mixtral.safetensors"), 0),
+    (older_shards_beside, 0), (downloaded_twice, 0), (mistral_files_beside, 0), (in_both_files, 0),
+    (byte_order_marks, 0), (in_config(sliding_window=0), 0), (left_over_index, 1),
+    (adapter_beside, 1), (index_of_more_files, 1), (scales_of_an_8_bit_cache, 1),
+    (with_more(self_attn__rotary_emb__inv_freq=torch.ones(2)), 1),
+    (with_more(self_attn__q_proj__weight_zero_point=torch.zeros(2).int()), 1)])
 def test_a_checkpoint_has_its_weights_whatever_lies_beside_them(
         change, notes, model, source, tmp_path, capsys):
     """Both programs read it; what was ignored is said in so many lines."""
@@ -171,6 +171,17 @@ def test_a_checkpoint_has_its_weights_whatever_lies_beside_them(
     for found in loaded.state_dict(), converted:
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], w) for name, w in model.state_dict().items())
+
+
+def test_an_output_projection_that_is_tied_and_not_stored_is_the_embedding(
+        model, source, tmp_path, capsys):
+    change_json(source / "config.json", tie_word_embeddings=True)
+    change_weights(source, lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"})
+    assert convert.main([f"--input_dir={source}", f"--output_dir={tmp_path / 'out'}"]) == 0
+    assert "tie_word_embeddings" in capsys.readouterr().out
+    for loaded in (generate.load(source)[1], Mixtral.from_pretrained(tmp_path / "out")):
+        assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
 
 
 # ------------------------------------------------------------------ several dtypes
@@ -325,19 +336,15 @@ def old_torch_save(source):
     path.unlink()
 
 
-def pickled(source):
+def pickled(source, inside=lambda tensors: tensors):
     path = source / "model.safetensors"
-    torch.save(load_file(path), source / "pytorch_model.bin")
+    torch.save(inside(load_file(path)), source / "pytorch_model.bin")
     path.unlink()
 
 
 def link_to_nothing(source):
     (source / "model.safetensors").rename(source / "blob")
     (source / "model.safetensors").symlink_to("blobs/missing")
-
-
-def joined_experts(source):
-    with_more(mlp__experts__gate_up_proj=torch.ones(1))(source)
 
 
 def truncated(source):
@@ -354,14 +361,6 @@ def a_file(source):
     source.write_text("")
 
 
-def wider_experts(source):
-    in_dtype(torch.float32, "experts.0.w1.weight")(source)
-
-
-def eight_bits(source):
-    change_json(source / "config.json", quantization_config={"quant_method": "gptq", "bits": 8})
-
-
 REFUSALS = [
     (missing_shard, ALL_SHARDS.format(2)), (pointer(ALL_SHARDS.format(1)), "git lfs pull"),
     (pointer("config.json"), "git lfs pull"), (pointer(INDEX), "git lfs pull"),
@@ -371,9 +370,16 @@ REFUSALS = [
     (renamed(lambda name: name.removeprefix("model.")), "'model.'"),
     (with_more(mlp__odd=torch.ones(1)), PREFIX + "mlp.odd"), (old_torch_save, "old format"),
     (link_to_nothing, "download it again"), (truncated, "repeat it"),
-    (joined_experts, "save_pretrained"), (wider_experts, "--dtype"),
-    (eight_bits, "gptq" if generate.fast else "fast/int4.py"), (shutil.rmtree, "does not exist"),
-    (end_that_is_no_id, "'int' object"),
+    (with_more(mlp__experts__gate_up_proj=torch.ones(1)), "save_pretrained"),
+    (in_dtype(torch.float32, "experts.0.w1.weight"), "--dtype"),
+    (in_config(quantization_config={"quant_method": "gptq", "bits": 8}),
+     "gptq" if generate.fast else "fast/int4.py"), (shutil.rmtree, "does not exist"),
+    (end_that_is_no_id, "'int' object"), (lambda source: shutil.move(
+        source.rename(source.parent / "b"), source / "snapshots" / "a0b1"), "raw/snapshots/a0b1"),
+    (instead("a.gguf"), "llama.cpp"), (instead("zero_to_fp32.py"), "run its zero_to_fp32.py first"),
+    (instead("global_step9"), "DeepSpeed"), (instead("mp_rank_00_model.pt"), "DeepSpeed"),
+    (instead("__0_0.distcp"), "FSDP"), (with_more(mlp__qweight=torch.ones(1)), "mlp.qweight is in"),
+    (in_config(model_type="llama"), "a llama"), (in_config(rope_scaling={"type": "x"}), "type x"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
@@ -391,7 +397,9 @@ def test_what_cannot_be_read_is_called_by_its_name_in_one_line(
     assert error.count("\n") == 1 and error.startswith(f"{program}.py: ") and word in error, error
 
 
-@pytest.mark.parametrize("change", [pickled, None])
+@pytest.mark.parametrize("change", [
+    pickled, lambda source: pickled(source, lambda tensors: {"model": tensors, "step": 3}),
+    lambda source: pickled(source, lambda tensors: {"state_dict": tensors, "step": 3}), None])
 def test_generate_names_convert_for_layouts_that_it_cannot_map(change, source, tmp_path, capsys):
     if change:
         change(source)

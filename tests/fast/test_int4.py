@@ -395,12 +395,20 @@ def test_scales_in_float32_take_the_dtype_of_the_other_weights(copied, out, caps
     assert torch.equal(load(out)(TOKENS), wanted)
 
 
-def test_an_output_projection_in_4_bits_is_refused(copied):
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_an_output_projection_and_an_embedding_in_4_bits_are_refused_but_converted_back(
+        name, copied, out, capsys):
     tensors = loaded(copied)
-    packed, scale = quantise(torch.randn(37, 64), 32, torch.bfloat16)
-    tensors |= {"lm_head.weight_packed": pack(packed), "lm_head.weight_scale": scale}
-    with pytest.raises(ValueError, match="lm_head"):
+    packed, scale = quantise(tensors.pop(f"{name}.weight").float(), 32, torch.bfloat16)
+    tensors |= {f"{name}.weight_packed": pack(packed), f"{name}.weight_scale": scale,
+                f"{name}.weight_shape": torch.tensor([37, 64])}
+    write_safetensors(copied / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"^{name} in 4 bits") as caught:
         fast.build(read_json(copied / "config.json"), tensors)
+    refused(str(caught.value), capsys, copied, out)
+    assert run(copied, out, "--dtype", "bfloat16") == 0
+    wanted = {name: weight.bfloat16() for name, weight in dequantised(copied).items()}
+    assert same(loaded(out), wanted)
 
 
 def test_4_bits_that_config_json_does_not_announce_are_refused(copied, out, capsys):
@@ -415,7 +423,8 @@ def test_4_bits_that_config_json_does_not_announce_are_refused(copied, out, caps
     ("_packed", lambda x: x.long()), ("_packed", None), ("_scale", lambda x: x[:, :1].repeat(1, 3)),
     ("_scale", lambda x: x[:95]), ("_scale", lambda x: x.int()), ("_scale", lambda x: x[:, :0]),
     ("_scale", None), ("_shape", lambda x: x[:1]), ("_shape", None),
-    ("", lambda x: torch.zeros(96, 64).bfloat16()), ("_g_idx", lambda x: torch.zeros(64).int())])
+    ("", lambda x: torch.zeros(96, 64).bfloat16()), ("_g_idx", lambda x: torch.zeros(64).int()),
+    ("_zero_point", lambda x: torch.eye(96, 2).int())])
 def test_tensors_that_do_not_fit_are_named(end, change, copied, tmp_path, out, capsys):
     tensors = loaded(copied)
     old = tensors.pop(W1 + end, None)
