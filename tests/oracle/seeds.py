@@ -282,6 +282,7 @@ SEEDS = [
      "query head h uses key/value head h mod K", "scores", "plain"),
     (seen(lambda i, j, W: (j <= i) & (i - j < W + 1)), "the window is off by one: 6 keys", "scores",
      "window"),
+    (seen(lambda i, j, W: j <= i), "there is no window", "scores", "window"),
     (seen(lambda i, j, W: i - j < W), "queries see the keys of the window, and later tokens",
      "scores", "window"),
     (seen(lambda i, j, W: (j <= i) & (i - j < W) & ((i - j) % 4 != 2)),

@@ -149,6 +149,13 @@ def test_an_error_in_one_layer_or_expert_only_is_not_told_of_the_others(verdict)
     assert re.search(r"It does not make it in hidden of layer 0, experts 1 to", text), text
 
 
+def test_heads_that_are_not_transposed_back_are_named(verdict):
+    ours, tensors = port.known(golden.HERE / "plain.safetensors"), ported("plain")
+    rows = ours.tensors[f"{AT}self_attn.mixed"].transpose(1, 2).reshape(1, 14, 24)
+    tensors[f"{AT}self_attn.o_proj"] = rows @ ours.weights[f"{AT}self_attn.o_proj.weight"].T
+    assert causes_in(verdict("plain", tensors)[1])[0].startswith("the heads are not transposed")
+
+
 @pytest.mark.parametrize("name, factor, spread, named", [
     ("lm_head", 0.5, 0.0, True), ("lm_head", 0.5, 1e-6, False),
     (f"{AT}self_attn.mixed", 0.7, 0.04, False), ("lm_head", 1 + 1e-9, 0.0, True)])
