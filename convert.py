@@ -507,7 +507,9 @@ WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 NO_WEIGHTS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale")
 HINTS = {  # what the names of files tell about a directory without weights that can be read
     "adapter_config.json": "a LoRA adapter; merge it into its model with merge_and_unload of peft",
-    "snapshots/*": "a cache of Hugging Face; the checkpoint is in {}",
+    **dict.fromkeys(("snapshots/*", "models--*/snapshots/*"),
+                    "a cache of Hugging Face; the checkpoint is in {}"),
+    "*/model*.safetensors": "no weights here, but there is {}",
     "*.gguf": "GGUF is the format of llama.cpp and is not read",
     **dict.fromkeys(("zero_to_fp32.py", "global_step*", "mp_rank_*"),
                     "a checkpoint of DeepSpeed; run its zero_to_fp32.py first"),
@@ -534,11 +536,11 @@ def open_checkpoint(directory):
     found = {name: f"{'floats' if x.dtype in FLOATS.values() else x.dtype} of shape "
              f"{list(x.shape)}" for name, x in tensors.items()}
     wanted = expected_tensors(layout, config, raw.get("quantization_config"), tensors)
-    problems = [f"{name}: wanted {wanted.get(name, 'no such tensor')}, got "
-                f"{found.get(name, 'none')}" for name in dict.fromkeys([*found, *wanted])
-                if wanted.get(name) != found.get(name)]
-    if problems:
-        raise ValueError(f"{directory}: unlike the configuration: {'; '.join(problems[:9])}")
+    wrong = [f"{name}: wanted {wanted.get(name, 'no such tensor')}, got {found.get(name, 'none')}"
+             for name in dict.fromkeys([*found, *wanted]) if wanted.get(name) != found.get(name)]
+    if wrong:
+        raise ValueError(f"{directory}: {len(wrong)} tensors are unlike the configuration: "
+                         f"{'; '.join(wrong[:9])}")
     return Checkpoint(layout, config, tensors, raw, files, notes)
 
 
@@ -556,7 +558,7 @@ def refuse_prefixes(directory, names):
         raise ValueError(f"{directory}: {quantised[0]} is in the format of GPTQ or AWQ; of all "
                          "quantised formats only pack-quantized of compressed-tensors loads")
     if "model.layers.0.mlp.experts.gate_up_proj" in names:
-        raise ValueError(f"{directory}: experts as transformers 5 joins them; use save_pretrained")
+        raise ValueError(f"{directory}: joined experts; by default, save_pretrained splits them")
 
 
 def dtype_of_experts(checkpoint):
@@ -587,22 +589,21 @@ def read_configuration(directory, layout, tensors, notes):
     raw = read_file(path)
     try:
         if layout == HUGGINGFACE:
-            raw = in_our_terms(path, raw, tensors, notes)
+            raw = in_our_terms(raw, tensors, notes)
         config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(path, raw)
-    except (AttributeError, ArithmeticError, TypeError) as error:  # a value of another type
+    except (ValueError, AttributeError, ArithmeticError, TypeError) as error:
         raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
     if config.num_hidden_layers * config.num_local_experts > 2**14:  # to list so many takes hours
         raise ValueError(f"{path}: num_hidden_layers or num_local_experts is too large")
     return config, raw
 
 
-def in_our_terms(path, raw, tensors, notes):
+def in_our_terms(raw, tensors, notes):
     """A config.json in the terms of mixtral.py; adds a tied output projection to the tensors."""
     rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     kind, rope_type = raw.get("model_type"), rope.get("type", rope.get("rope_type", "default"))
     if kind not in ("mixtral", None) or rope_type != "default":
-        raise ValueError(f"{path}: wanted a mixtral with rope_type default, got a {kind} with "
-                         f"rope_type {rope_type}")
+        raise ValueError(f"wanted mixtral and rope_type default, got {kind} and {rope_type}")
     embedding, head = NAMES[0][HUGGINGFACE], NAMES[-1][HUGGINGFACE]
     if raw.get("tie_word_embeddings") and head not in tensors and embedding in tensors:
         tensors[head] = tensors[embedding]

@@ -233,7 +233,7 @@ class Tokenizer:
         if isinstance(template, list):
             template = {t["name"]: t["template"] for t in template}.get("default", "no default")
         marks = [m for m in ("[SYSTEM_PROMPT]", START, END) if m in self.control_ids] or ["[INST]"]
-        self.template = template or marks[0]  # its first mark stands for a template that is missing
+        self.template = template or f"none, but pieces such as {marks[0]}"
         ends = next(ids if isinstance(ids, list) else [ids] for ids in ends if ids is not None)
         chatml = {i for mark, i in self.control_ids.items() if mark == END and END in self.template}
         self.eos_ids = frozenset(map(int.__index__, ends)) | chatml

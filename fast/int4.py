@@ -158,7 +158,8 @@ def check_scheme(scheme):
                 raise ValueError(
                     f"config: quantization_config: {name} is {part.get(name)!r:.80}; of all "
                     "quantised formats only pack-quantized of compressed-tensors loads, with "
-                    f"{name} {' or '.join(map(repr, wanted))}")
+                    f"{name} {' or '.join(map(repr, wanted))}; if the weights have 16 bits, remove "
+                    "quantization_config")
 
     try:
         check(scheme, quant_method=["compressed-tensors"], format=["pack-quantized"],
