@@ -69,6 +69,14 @@ def factors(p, theirs):
                f"{', which is ' * bool(same)}{' or '.join(same)}", lambda p, x=x: p.plain() * x)
 
 
+def rounded(p, theirs):
+    """A lower precision than that of the file."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.finfo(dtype).eps > p.run.epsilon:
+            yield (f"it is rounded to {str(dtype)[6:]}; if the port computes in it, write it so",
+                   lambda p, dtype=dtype: p.plain().to(dtype).double())
+
+
 # ------------------------------------------------------------------ embeddings, norms, products
 
 
@@ -118,14 +126,15 @@ def products(p, theirs):
     """Another input of a linear layer, or its buffer read with inputs and outputs exchanged."""
     yield ("the buffers of weights are read with inputs and outputs exchanged",
            lambda p: p.product(exchanged_sides(p.weight())))
-    for last in ("stream", "residual", "input_layernorm", "post_attention_layernorm", "o_proj"):
+    others = ("stream", "residual", "input_layernorm", "post_attention_layernorm", "o_proj")
+    for last in others if p.word != "lm_head" else ():
         yield f"the input is {last}", lambda p, last=last: p.product(x=p.source(last))
 
 
 def substitutes(p, theirs):
     """For each norm and linear layer, the weight or buffer that gives the port's numbers."""
     port, read = p.run.port, {}
-    for name in port.tensors if theirs is not None else ():
+    for name in [p.name(), *port.tensors] if theirs is not None else ():  # this one first
         place = Place(p.run, name)
         if place.word not in NORMS + LINEAR or place.inputs()[0] not in port.tensors:
             continue
@@ -155,8 +164,6 @@ HEAD_OUTPUTS = {
     "the heads are not transposed back: the rows of the heads follow one another":
         lambda p: p.product(x=p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1))}
 LOGITS = {"the logits are replaced by their softmax": lambda p: p.plain().softmax(-1)}
-ROUNDED = {f"it is rounded to {str(dtype)[6:]}": lambda p, dtype=dtype: p.plain().to(dtype).double()
-           for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 CAPS = {f"it is capped as {c:g}·tanh(x/{c:g})": lambda p, c=c: (c * (p.plain() / c).tanh()).where(
     p.plain().isfinite(), p.plain()) for c in (30.0, 50.0)}
 
@@ -389,7 +396,7 @@ def sums(p, theirs):
 CHOICES = {
     "of equal logits, the expert with the higher index is chosen": lambda p: (
         p.E - 1 - p.choose(p["gate"].flip(1))).where(p.real().view(-1, 1), -1),
-    "the ids of experts are counted from 1": lambda p: p.plain() + 1}
+    "the ids of experts are counted from 1": lambda p: (p.plain() + 1).where(p.plain() >= 0, -1)}
 
 
 def ranks(p, theirs):
@@ -515,6 +522,6 @@ GUESSES = [  # the quantities, and what is guessed about them
     ("weights", WEIGHTS), ("w1", weight_inside), ("hidden", weight_inside),
     ("w2", weight_inside), ("hidden", activations),
     ("block_sparse_moe", MIXTURES), ("block_sparse_moe", read_mixture),
-    *((name, guess) for name in STEPS for guess in (factors, ROUNDED)
+    *((name, guess) for name in STEPS for guess in (factors, rounded)
       if name not in ("chosen", "tokens")),
     ("q_proj k_proj v_proj", factors), (" ".join(NORMS), factors)]

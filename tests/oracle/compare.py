@@ -1,15 +1,8 @@
 """Find where and why a port differs: `python tests/oracle/compare.py OURS THEIRS`.
 
-OURS is a golden file or a file of trace.py. THEIRS is any safetensors file in which the port has
-written some of the same quantities, in any floating-point dtype, with or without the axis B, with
-heads and features as one axis or two. Tensors are compared in the order of computation.
-
-The section Tolerances of tests/oracle/README.md says which errors count as rounding. A cause is
-proved if the tensor, computed from the port's own earlier numbers with that error in it (see
-causes.py), is equal to the port's: the error that remains is at most a quarter of what counts as
-rounding and at most an eighth of the error without it. Nothing else is called a cause. A tensor
-that differs although everything computed from it is equal is a layout and no error, if the
-difference follows a rule.
+OURS is a golden file or a file of trace.py, THEIRS any safetensors file in which the port has
+written some of the same quantities. They are compared in the order of computation. README.md says
+which errors count as rounding, when a cause is proved, and what is a layout and no error.
 
 Exit codes: 0 equal within rounding, 1 different, 2 not comparable.
 """
@@ -53,7 +46,7 @@ def parts(pair, name, x):
     return x, letters
 
 
-def apart(ours, theirs):
+def distance(ours, theirs):
     """|theirs − ours|; −∞ on both sides is equal, and NaN is infinitely far from a number."""
     difference = (ours - theirs).abs().masked_fill(ours == theirs, 0.0)
     return difference.nan_to_num(math.inf, math.inf)
@@ -61,9 +54,9 @@ def apart(ours, theirs):
 
 def describe_place(pair, name, ours, theirs, tokens):
     """One sentence about the largest difference of some rows."""
-    difference, letters = parts(pair, name, apart(ours, theirs))
+    difference, letters = parts(pair, name, distance(ours, theirs))
     place = torch.unravel_index(difference.argmax(), difference.shape)
-    size, a, b = (parts(pair, name, x)[0][place] for x in (apart(ours, theirs), ours, theirs))
+    size, a, b = (parts(pair, name, x)[0][place] for x in (distance(ours, theirs), ours, theirs))
     row, token = divmod(int(tokens[place[0]]), pair.S)
     words = [f"row {row}, token {token}", *(
         f"{LABELS[letter]} {n}" for letter, n in zip(letters, place[1:], strict=True))]
@@ -73,7 +66,7 @@ def describe_place(pair, name, ours, theirs, tokens):
 
 def confined(pair, name, ours, theirs, tokens, bad):
     """One sentence that confines the difference along each axis; `bad` marks rows."""
-    difference, letters = parts(pair, name, apart(ours, theirs)[bad])
+    difference, letters = parts(pair, name, distance(ours, theirs)[bad])
     sizes = ours.masked_fill(ours.isinf(), 0.0).flatten(1).norm(dim=1)
     floor = pair.rounding * sizes.maximum(sizes.median())[bad] / math.sqrt(ours[0].numel())
     wrong, what = difference > floor.view(-1, *[1] * len(letters)), "It is"
@@ -149,13 +142,16 @@ def summary(names):
 
 def reordered(ours, theirs, axis, what):
     """Theirs after slices in another order were moved back, as (text, order, theirs)."""
-    a, b = (x.nan_to_num(0, 0, 0).movedim(axis, 0).flatten(1) for x in (ours, theirs))
-    order = torch.cdist(b, a, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-    moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
-    if moved and len(set(order.tolist())) == len(order):
-        text = f"{what}s {moved[0]} and {moved[1]} are exchanged" if len(moved) == 2 else (
-            f"its {what}s are ours in the order {listed(order.tolist(), 12)}")
-        yield text, order, theirs.index_select(axis, order.argsort())
+    forms = (lambda x: x, F.normalize,  # also beside a factor, and beside an order inside slices
+             lambda x: x.view(len(x), len(ours), -1).sort(-1)[0].flatten(1))
+    for form in forms:
+        a, b = (form(x.nan_to_num(0, 0, 0).movedim(axis, 0).flatten(1)) for x in (ours, theirs))
+        order = torch.cdist(b, a, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+        moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
+        if moved and len(set(order.tolist())) == len(order):
+            text = f"{what}s {moved[0]} and {moved[1]} are exchanged" if len(moved) == 2 else (
+                f"its {what}s are ours in the order {listed(order.tolist(), 12)}")
+            yield text, order, theirs.index_select(axis, order.argsort())
 
 
 def rescaled(ours, theirs, dims, text, c):
@@ -170,9 +166,10 @@ def rescaled(ours, theirs, dims, text, c):
         yield text, theirs / factor.where(factor.isfinite() & (factor != 0), 1.0)
 
 
-def maps(pair, name):
+def maps(pair, name, rows=None):
     """What another layout may have done to a tensor, as (text, the port's rows without it)."""
     ours, theirs, _ = pair.rows(name)
+    theirs = theirs if rows is None else rows
     if word(name) in ("chosen", "tokens") or theirs is None:
         return
     shape, letters = ours.shape, parts(pair, name, ours)[1]
@@ -193,6 +190,13 @@ def maps(pair, name):
     yield from ((text, back.reshape(shape)) for text, back in found)
 
 
+def layouts(pair, name):
+    """What one or two layouts may have done to a tensor, like `maps`."""
+    yield from maps(pair, name)
+    for text, rows in maps(pair, name):
+        yield from ((f"{text}, and {other}", back) for other, back in maps(pair, name, rows))
+
+
 def renumbered(pair, gate):
     """The port's file with the experts of a layer in our order, as (text, file)."""
     at, port = gate.removesuffix("gate"), pair.port.tensors
@@ -201,7 +205,7 @@ def renumbered(pair, gate):
         found = {new.get(head := n[:n.rfind(".") + 1], head) + n[len(head):]: x
                  for n, x in pair.theirs.items()} | {gate: back}
         if at + "chosen" in port:
-            found[at + "chosen"] = order[port[at + "chosen"].clamp(min=0)]
+            found[at + "chosen"] = order[port[at + "chosen"].clamp(0, len(order) - 1)]
         yield text, found
 
 
@@ -213,10 +217,12 @@ class Steps:
 
     def __init__(self, pair):
         self.pair, self.limit, self.untested = pair, 8 * pair.rounding, set()
+        self.layouts = {}  # the text of each layout by the name of its tensor
 
     @functools.cached_property
     def wrong(self):
-        return [n for n in self.pair.port.tensors if self.fails(n)]
+        known = set(map(word, self.layouts))  # later layers have them too
+        return [n for n in self.pair.port.tensors if word(n) not in known and self.fails(n)]
 
     def error(self, name, changes=None, bad=None):
         """The largest error of a quantity, with changes. Raises one of UNFIT.
@@ -237,7 +243,8 @@ class Steps:
         use = pair.real[tokens] & ~mine.flatten(1).isnan().any(1)
         if bad is not None and (3 * (bad[tokens] & use).sum() < bad[tokens].sum() or not use.any()):
             return math.inf
-        return max(row_errors(mine[use], theirs[use]).tolist(), default=0.0)
+        default = math.inf if changes else 0.0
+        return max(row_errors(mine[use], theirs[use]).tolist(), default=default)
 
     def choice(self, name, mine, theirs):
         """∞ if experts differ by more than a near tie, otherwise 0."""
@@ -259,7 +266,7 @@ class Steps:
     def guesses(self, name):
         """Every guess that can reach a quantity, as (text, changes)."""
         run = Run(without(self.pair.port, name))
-        run.port = self.pair.port
+        run.port, run.epsilon = self.pair.port, self.pair.epsilon
         reached = {parse(n)[0]: n for n in run.lacking(name)}
         for words, guess in GUESSES:
             words = tuple(words.split())
@@ -292,6 +299,7 @@ class Steps:
         found = []
         with contextlib.suppress(*UNFIT, KeyError):  # what is right as it is has no cause
             limit = min(limit, self.error(name, None, bad) / NEARER)
+            limit = min(limit, self.error(name) / NEARER)
         for text, changes in self.guesses(name) if name in self.pair.port.tensors else ():
             try:
                 found.append((text, self.error(name, changes, bad), changes))
@@ -300,11 +308,11 @@ class Steps:
             except UNFIT:
                 continue
         found = [cause for cause in found if cause[1] <= limit]
-        for text, back in () if found else maps(self.pair, name):
-            ours, _, tokens = self.pair.rows(name)
+        ours, _, tokens = self.pair.rows(name)
+        for text, back in () if found or bad is None else maps(self.pair, name):
             error = max(row_errors(ours, back)[self.pair.real[tokens]].tolist(), default=math.inf)
             if error <= limit and not found:
-                found.append((text, error, {}))
+                found.append((READ + text, error, {}))
         least = 16 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
         ranked = [((error > least, *map(len, after[1:]), READ in text), text, error, after)
                   for text, error, changes in found for after in [self.follow(name, changes)]]
@@ -356,15 +364,17 @@ def refused(tokens):
 class Comparison:
     """Walks through the tensors that both files have, up to the first difference and beyond."""
 
-    def __init__(self, pair):
-        self.pair, self.steps = pair, Steps(pair)
+    def __init__(self, pair, refused=()):
+        pair.adopt(pair.file)
+        self.pair, self.steps, self.refused = pair, Steps(pair), {*refused}
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
-        self.compared, self.layouts = 0, {}  # the text of each layout by the name of its tensor
+        self.compared, self.layouts = 0, self.steps.layouts
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
         self.before = pair.port._replace(tensors=dict(pair.port.tensors))  # in its own layouts
 
     def walk(self):
+        """This comparison, or a new one without a layout that turned out to be an error."""
         layer = None
         for name in self.pair.order:
             if name not in self.pair.shared:
@@ -374,19 +384,20 @@ class Comparison:
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
             difference = self.difference(name)
             self.compared += 1
-            if difference and self.first is None and self.undone(name):
+            if difference and self.first is None and self.try_layouts(name):
                 difference = self.difference(name)
             if difference is None:
                 self.equal += [name] if word(name) != "tokens" else []
                 continue
             self.different.append(name)
             if self.first is None:
-                self.blame(self.culprit(name))
+                if (guilty := self.culprit(name)) in self.layouts:
+                    return Comparison(self.pair, self.refused | {guilty}).walk()
+                self.first = name, difference()
             if word(name) == "chosen":
                 break  # other experts ran: nothing that follows can be compared
-        if unused := self.first is None and [n for n in self.layouts if not self.used(n)]:
-            self.different = unused
-            self.blame(unused[0])
+        if unused := self.first is None and [n for n in self.layouts if not self.settled(n)]:
+            return Comparison(self.pair, self.refused | {self.culprit(unused[0])}).walk()
         return self
 
     def difference(self, name):
@@ -432,16 +443,30 @@ class Comparison:
         return lines + self.cause(name, torch.ones_like(self.pair.real), self.pair.rounding)
 
     def numbering(self, name):
-        """`difference` for the numbers of the rows of an expert: those that chose it."""
-        takers = self.pair.takers(name).tolist()
-        own = self.pair.numbered(self.pair.theirs[name])[0].tolist()
-        return None if own == takers or self.tainted[takers].any() else lambda: [
-            f"It has the tokens {own}, but the expert was chosen by the tokens {takers}. Number "
-            "tokens over all calls; no expert drops a token."]
+        """`difference` for the numbers of the rows of an expert: those that chose it.
+
+        If theirs has no choices, those that chose it in ours; near ties are flips.
+        """
+        pair, at = self.pair, name.partition("experts")[0]
+        known = at + "chosen" in pair.port.tensors
+        want = pair.takers(name) if known else pair.ours[name]
+        own, numbers = pair.numbered(pair.theirs[name])[0], pair.theirs[name].flatten()
+        off = torch.zeros_like(pair.real).index_fill_(0, own, True)
+        off ^= torch.zeros_like(pair.real).index_fill_(0, want, True)
+        near = self.tainted if known else self.tainted | (
+            self.margin(at + "gate") < self.allowed(at + "gate"))
+        every = len(own) == pair.real.sum()  # it ran on all tokens
+        known = len(own.unique()) == len(own) and ((numbers >= 0) & (numbers < len(off))).all()
+        if every or known and not (off & ~near).any():
+            self.tainted |= off & (not every)
+            return None
+        return lambda: [f"It has the tokens {numbers.tolist()}, but those that chose the expert "
+                        f"are {want.tolist()}. Number tokens over all calls, from 0; no expert "
+                        "drops a token."]
 
     # -------------------------------------------------------------- layouts
 
-    def worst(self, name, rows=None):
+    def excess(self, name, rows=None):
         """The largest error of rows, divided by what rounding explains; by default the port's."""
         ours, theirs, tokens = self.pair.rows(name)
         if theirs is None and rows is None:
@@ -450,27 +475,29 @@ class Comparison:
         found = row_errors(ours[keep], (theirs if rows is None else rows)[keep])
         return max(found.tolist(), default=0.0) / min(self.pair.limits(name, self.largest))
 
-    def undone(self, name):
-        """Whether the port may have another layout; the port's trace then gets ours.
+    def try_layouts(self, name):
+        """Whether the port may have another layout; if so, its trace is changed to ours.
 
         It must bring the tensor nearer by a factor of 8, so that no rounding looks like a layout.
         """
-        if word(name) == "tokens":
+        if word(name) == "tokens" or name in self.refused:
             return False
-        pair, error, at = self.pair, self.worst(name), name.removesuffix("gate")
-        for text, found in renumbered(pair, name) if word(name) == "gate" else ():
-            kept = pair.theirs, pair.port
+        pair, error, at = self.pair, self.excess(name), name.removesuffix("gate")
+        fits = word(name) == "gate" and name in pair.port.tensors
+        for text, found in renumbered(pair, name) if fits else ():
+            kept = pair.theirs
             pair.adopt(found, at)
-            if all(self.worst(n) <= 1 for n in pair.shared
-                   if n.startswith(at) and word(n) in ("gate", "chosen", "w1")):
+            if all(min(self.excess(n), *(self.excess(n, back) for _, back in maps(pair, n)), 9) <= 1
+                   for n in pair.shared if n.startswith(at) and word(n) in (
+                       "gate", "chosen", "w1")):
                 self.layouts[name] = text
                 self.before = pair.port._replace(tensors={
                     n: x if n.startswith(at) else self.before.tensors[n]
                     for n, x in pair.port.tensors.items()})
                 return True
-            pair.theirs, pair.port = kept
-        for text, back in maps(pair, name):
-            if NEARER * self.worst(name, back) <= min(error, NEARER):
+            pair.adopt(kept, at)
+        for text, back in layouts(pair, name):
+            if NEARER * self.excess(name, back) <= min(error, NEARER):
                 if axes(name)[-1] == "T":
                     back = back.unflatten(0, (-1, pair.S)).transpose(1, 2)
                 pair.port.tensors[name] = back.reshape(pair.ours[name].shape)
@@ -481,40 +508,39 @@ class Comparison:
     def culprit(self, name):
         """The tensor in which the error behind a difference is: it, or what looked like a layout.
 
-        The step of a tensor is wrong if it would give our numbers from what the port has before
-        it, in its own layout. Otherwise what it is computed from is wrong.
+        What it is computed from is wrong if our step does not give our numbers from what the port
+        has before it, in its own layout, but gives the port's.
         """
-        if not self.own_step(name):
+        if not self.gives(name, self.pair.ours) and self.gives(name, self.before.tensors):
             for other in self.layouts:
-                if self.used(other, name):
+                if name in self.users(other)[1]:
                     return self.culprit(other)
         return name
 
-    def used(self, name, by=None):
-        """Whether a tensor is computed from another one without a traced tensor in between."""
-        port = without(self.pair.port, name)
-        return any(name in Run(without(port, other)).lacking(other) for other in (
-            [by] if by else self.equal) if other != name)
+    def users(self, name):
+        """What is computed from a tensor up to the next traced ones without a layout; and those."""
+        reached, ends, run = {name}, set(), Run(self.pair.trace)
+        for other in self.pair.order[self.pair.order.index(name) + 1:]:
+            if word(other) != "margin" and reached & {*Place(run, other).inputs()}:
+                is_end = other in self.pair.shared and other not in self.layouts
+                (ends if is_end else reached).add(other)
+        return reached, ends
 
-    def blame(self, name):
-        """Describe a difference as the first. What looked like a layout since then is none."""
-        if name in self.layouts:
-            self.pair.port = self.before
-            at = list(self.layouts).index(name)
-            self.layouts = dict(list(self.layouts.items())[:at])
-        self.first = name, self.difference(name)()
+    def settled(self, name):
+        """Whether traced tensors show that nothing behind a layout is wrong."""
+        return self.pair.order[-1] not in self.users(name)[0]
 
-    def own_step(self, name):
-        """Whether our step gives our numbers from what the port computed in its own layout."""
+    def gives(self, name, goals):
+        """Whether our step gives a number of `goals` from what the port has before it."""
         try:
-            mine, ours = computed(self.before, name), self.pair.ours[name]
-        except UNFIT:
+            mine, goal = computed(self.before, name), goals[name]
+        except (*UNFIT, KeyError):
             return False
-        if mine.shape != ours.shape or not mine.is_floating_point():
-            return mine.equal(ours)
-        mine, ours = (as_rows(x, axes(name)) for x in (mine, ours))
+        if mine.shape != goal.shape or not mine.is_floating_point():
+            return mine.equal(goal)
+        mine, goal = (as_rows(x, axes(name)) for x in (mine, goal))
         keep = self.pair.real if axes(name)[0] != "R" else slice(None)
-        return (row_errors(ours[keep], mine[keep]) <= 8 * self.pair.rounding).all().item()
+        return (row_errors(goal[keep], mine[keep]) <= self.pair.rounding).all().item()
 
     # -------------------------------------------------------------- routing
 
@@ -527,16 +553,20 @@ class Comparison:
         apart = (theirs - ours).abs().amax(1)
         return (16 * usual).minimum(4 * self.pair.epsilon * ours.abs().amax(1) + 2 * apart)
 
+    def margin(self, gate):
+        """The logit of the last chosen expert minus that of the first refused one, (N)."""
+        A, logits = self.pair.trace.config["num_experts_per_tok"], self.pair.ours[gate]
+        best = F.pad(logits.sort(descending=True)[0], (0, 1), value=-math.inf)
+        return best[:, A - 1] - best[:, A]
+
     def hidden_flips(self, name, bad):
         """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
-        at, A = name.partition(".block")[0] + ".block_sparse_moe", self.pair.trace.config[
-            "num_experts_per_tok"]
+        at = name.partition(".block")[0] + ".block_sparse_moe"
         if word(name) not in ("layer", "block_sparse_moe") or f"{at}.chosen" in self.pair.theirs:
             return False
-        best = F.pad(self.pair.ours[f"{at}.gate"].sort(descending=True)[0], (0, 1), value=-math.inf)
-        margin = best[:, A - 1] - best[:, A]
+        margin = self.margin(f"{at}.gate")
         if (margin >= self.allowed(f"{at}.gate"))[bad].any() or (
-                self.steps.fails(name, refused(bad.tolist()))):
+                all(self.steps.fails(name, c) for c in (None, refused(bad.tolist())))):
             return False
         self.flip(f"{at}.chosen", bad, margin)
         return True
@@ -691,7 +721,10 @@ def arguments(argv):
 
 def read_names(path):
     try:
-        return {**json.loads(path.read_text(encoding="utf-8"))} if path else {}
+        names = {**json.loads(path.read_text(encoding="utf-8"))} if path else {}
+        if len({str.strip(name) for name in names.values()}) < len(names):
+            raise ValueError("two names are mapped to one")
+        return names
     except (OSError, ValueError, TypeError) as error:
         raise IncomparableError(f"{path}: not readable as a JSON object {{their name: our name}}: "
                                 f"{error}") from None
@@ -703,6 +736,8 @@ def main(argv=None):
     try:
         pair = Pair(args, read_names(args.names))
         found = Comparison(pair).walk()
+        if found.first is None and not found.errors and not found.equal:
+            raise IncomparableError(f"{args.theirs}: no number of it could be compared")
         print("\n".join(verdict(pair, found, args)))
         return 0 if found.first is None else 1
     except IncomparableError as error:

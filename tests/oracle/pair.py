@@ -16,6 +16,7 @@ from mixtral import read_weights
 
 JUMP = 16
 SLACK = {torch.bfloat16: 8, torch.float16: 16}  # units in the last place; 64 for others
+FLOATS, WHOLE = (torch.float64, torch.float32, *SLACK), ("chosen", "tokens")
 NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
 
 
@@ -98,10 +99,11 @@ def as_rows(x, letters):
 
 def row_errors(ours, theirs):
     """The error of each row. A score that the softmax turns into 0 counts as −∞."""
-    ours, theirs = ours.flatten(1), theirs.flatten(1)
     masked = ours.isneginf()
-    hidden = masked & (theirs <= theirs.amax(1, keepdim=True) - NEGLIGIBLE)
-    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(hidden, 0)
+    hidden = masked & (theirs <= theirs.amax(-1, keepdim=True) - NEGLIGIBLE)
+    ours, theirs = (x.masked_fill(mask, 0).flatten(1) for x, mask in (
+        (ours, masked), (theirs, hidden)))
+    masked, hidden = masked.flatten(1), hidden.flatten(1)
     sizes = ours.norm(dim=1)
     found = (ours - theirs).norm(dim=1) / sizes.maximum(sizes.nanmedian().clamp(min=1e-300))
     return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
@@ -113,13 +115,13 @@ class Pair:
     def __init__(self, args, names):
         self.trace, self.order, dtype = read_trace(args.ours, args.model, args.chunk)
         self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
-        theirs = {names.get(name, name): x for name, x in found.items()}
+        self.file = {names.get(name, name): x for name, x in found.items()}
         self.S = self.ours["tokens"].shape[1]
         self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
         self.port = self.trace._replace(tensors={"tokens": self.ours["tokens"]})
-        self.adopt(theirs)
-        self.check(args.theirs, found)
-        dtypes = [x.dtype for x in map(self.theirs.get, self.shared) if x.is_floating_point()]
+        self.adopt(self.file)
+        self.check(args.theirs, self.file)
+        dtypes = [self.theirs[name].dtype for name in self.shared if word(name) not in WHOLE]
         self.dtype = max(dtypes + [dtype], key=lambda dtype: torch.finfo(dtype).eps)
         self.epsilon = torch.finfo(self.dtype).eps
         # Two correct ways to compute an angle in float64 differ by its rounding error.
@@ -136,6 +138,12 @@ class Pair:
             raise IncomparableError(
                 f"{path}: has none of our names, such as {self.order[1]}; it has "
                 f"{', '.join(sorted(found)[:3])}; map its names with --names")
+        for name in self.shared:
+            dtype, whole = self.theirs[name].dtype, word(name) in WHOLE
+            if whole and (dtype.is_floating_point or dtype.is_complex) or (
+                    not whole and dtype not in FLOATS):
+                raise IncomparableError(f"{path}: {name} is {str(dtype)[6:]}; write it as "
+                                        f"{'I64' if whole else 'F64, F32, F16 or BF16'}")
         ours, theirs = (side.get("tokens", self.ours["tokens"]).flatten().tolist()
                         for side in (self.ours, self.theirs))
         if theirs != ours:
@@ -180,15 +188,16 @@ class Pair:
         """The tokens of an expert: those that chose it, or else those in theirs, or else ours."""
         at, expert = name.rpartition("experts")[0], parse(name)[2]
         chosen, tokens = self.theirs.get(at + "chosen"), f"{at}experts.{expert}.tokens"
-        if chosen is not None and chosen.numel() % len(self.real) == 0:
-            chosen = self.unpacked(at + "chosen", chosen).reshape(len(self.real), -1)
+        chosen = None if chosen is None else self.own(at + "chosen", chosen)
+        if chosen is not None:
             return ((chosen == expert).any(1) & self.real).nonzero()[:, 0]
-        return self.numbered(self.theirs.get(tokens, self.ours[tokens]))[0]
+        return self.numbered(self.theirs.get(tokens, self.ours[tokens]))[0].unique()
 
     def numbered(self, tokens):
         """The ascending real numbers among those of rows, and their places."""
         tokens, place = tokens.flatten().long().sort()
-        kept = self.real[tokens.clamp(0, len(self.real) - 1)]
+        inside = (tokens >= 0) & (tokens < len(self.real))
+        kept = inside & self.real[tokens.clamp(0, len(self.real) - 1)]
         return tokens[kept], place[kept]
 
     def expert_rows(self, name, x):
@@ -201,8 +210,11 @@ class Pair:
         numbers, place = self.numbered(tokens)
         if numbers.equal(takers) and tokens.numel() == len(x):
             return x[place]
-        every = len(x) == len(self.real) > len(takers)  # an expert that ran on all tokens
-        return x[takers] if every else x if len(x) == len(takers) else None
+        if len(x) == len(self.real):  # an expert that ran on all tokens
+            return x[takers]
+        if len(x) == self.real.sum():  # and whose rows are packed
+            return x[(self.real.cumsum(0) - 1)[takers]]
+        return x if len(x) == len(takers) else None
 
     # ------------------------------------------------------------------ what is compared
 
@@ -220,8 +232,10 @@ class Pair:
             ours, theirs = ours[torch.isin(tokens, other)], theirs[torch.isin(other, tokens)]
             return ours, theirs, tokens[torch.isin(tokens, other)]
         at = name.replace("weights", "chosen")
-        if theirs is not None and word(name) == "weights" and at in self.port.tensors:
-            same = self.ours[at][:, :, None] == self.port.tensors[at][:, None]
+        chosen = self.port.tensors.get(at)
+        if word(name) == "weights" and chosen is not None and theirs is not None and (
+                chosen.shape == theirs.shape):
+            same = self.ours[at][:, :, None] == chosen[:, None]
             theirs = theirs.gather(1, same.int().argmax(-1))  # in the order in which ours chose
         if word(name) == "chosen" and theirs is not None:  # as sets
             ours, theirs = (x.double().sort(-1)[0] for x in (ours, theirs))
