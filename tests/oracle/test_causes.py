@@ -14,7 +14,17 @@ import port
 import pytest
 import torch
 from reference import axes, word
-from seeds import SEEDS, active, copied, even_odd, inside, interleaved, rows_of_heads, turned
+from seeds import (
+    SEEDS,
+    active,
+    copied,
+    even_odd,
+    frequencies,
+    inside,
+    interleaved,
+    rows_of_heads,
+    turned,
+)
 from steps import STEPS, Run
 from torch.nn import functional as F
 
@@ -349,6 +359,31 @@ def test_a_layout_is_no_error_and_the_comparison_goes_on_behind_it(number, dtype
     assert code == 1 and first_difference(text) == "lm_head"
     assert causes_in(text)[0].startswith("it is multiplied by 2")
     assert re.search(rf"Your layout differs in .*{place}", text)
+
+
+@pytest.mark.parametrize("first, second", [
+    (other_heads, scaled_queries), (other_experts, other_features), (other_heads, other_features)])
+def test_two_layouts_at_once_are_no_error(first, second, verdict):
+    wrong = {"score": lambda q, k: q @ k.mT} if second is scaled_queries else None
+    code, text = verdict("plain", ported("plain", wrong, lambda w: (w := w | first(w)) | second(w)))
+    assert code == 0 and "Your layout differs" in text, text
+
+
+def test_an_error_behind_a_layout_is_not_blamed_on_it(verdict):
+    theta = frequencies(lambda p, i, d, theta: p / 1e4 ** (2 * i / d))
+    wrong = turned(take=even_odd, put=interleaved) | theta
+    text = verdict("plain", ported("plain", wrong, rows_of_heads((2, 2))))[1]
+    assert first_difference(text).endswith("q_rotated") and "layout differs in q_proj" in text
+    gate = f"{AT}block_sparse_moe.gate"
+    tensors = ported("plain", {}, lambda w: {f"{gate}.weight": 2 * w[f"{gate}.weight"]})
+    few = {n: tensors[n] for n in (gate, gate.replace("gate", "chosen"))}
+    assert verdict("plain", few)[0] == 1  # nothing shows what became of the weights
+
+
+def test_a_layout_of_one_layer_is_no_error_in_the_next(verdict):
+    wrong = turned(take=even_odd, put=interleaved) | active(lambda g, u: F.gelu(g) * u)
+    text = verdict("plain", ported("plain", wrong, rows_of_heads((2, 2))))[1]
+    assert causes_in(text)[0].startswith("gelu") and "another error" not in text, text
 
 
 def test_an_error_that_looks_like_a_layout_is_an_error(verdict):
