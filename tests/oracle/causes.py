@@ -13,7 +13,18 @@ import math
 import re
 
 import torch
-from steps import HALVES, LINEAR, NEIGHBOURS, NORMS, STEPS, Place, calls_of, turn, unit
+from steps import (
+    HALVES,
+    LINEAR,
+    NEGLIGIBLE,
+    NEIGHBOURS,
+    NORMS,
+    STEPS,
+    Place,
+    calls_of,
+    turn,
+    unit,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -224,14 +235,21 @@ def rotations(p, theirs):
 
 
 def turns(p, theirs):
-    """The factors, as complex numbers (B, S, heads, d/2), by which the port turned its pairs."""
+    """The factors by which the port turned its pairs, as complex numbers (B, S, 1, d/2).
+
+    They are read in the head with the largest pair, where the division is most exact.
+    """
     mine, other = (torch.complex(*HALVES.take(x)) for x in (p.unrotated(), theirs))
     best = mine.abs().argmax(2, keepdim=True)
     return other.gather(2, best) / mine.gather(2, best)
 
 
 def read_angles(p, theirs):
-    """Positions and frequencies by complex division, as (text, angles)."""
+    """Positions and frequencies by complex division, as (text, angles).
+
+    The position of a token is the one within 2S of its own or of 0 whose turn fits best. From one
+    token to the next the turn is the frequency, from which multiples and θ follow.
+    """
     z, at, f = turns(p, theirs), p.positions(), p.frequencies()
     near = torch.arange(-2 * p.S, 2 * p.S + 1).double()
     tried = torch.cat((at[..., None] + near, near.expand(*at.shape, -1)), -1)
@@ -250,7 +268,7 @@ def read_angles(p, theirs):
 
 
 def read_table(p, theirs):
-    """All heads are turned alike, by angles that float32 could give."""
+    """Angles that float32 could give, read in one head and proved by the others."""
     table, angle = turns(p, theirs), p.angles()
     off = (table - torch.polar(torch.ones_like(angle), angle)).abs().nan_to_num()
     if p.unrotated().shape[2] > 1 and (  # so that another head confirms it
@@ -300,8 +318,10 @@ SCORES = {
 
 def attention_scores(p, theirs):
     """Another mask, or keys that later calls changed."""
-    read = () if theirs is None else read_mask(p, theirs > theirs.amax(-1, keepdim=True) - 104)
-    for text, mask in itertools.chain(other_masks(p), read):
+    masks = [*other_masks(p)]
+    if theirs is not None:
+        masks += read_mask(p, theirs > theirs.amax(-1, keepdim=True) - NEGLIGIBLE)
+    for text, mask in masks:
         yield text, lambda p, mask=mask: p.scores(mask)
     if calls_of(p.run.trace):
         yield "keys are rotated again by every later call", lambda p: p.scores(k=rotated_again(p))
@@ -350,7 +370,11 @@ def visible_keys(p, theirs):
 
 
 def read_range(p, theirs):
-    """The range of keys (B, S, T) whose softmax gives each query's mixed values best."""
+    """The range of keys (B, S, T) whose softmax gives each query's mixed values best.
+
+    With cumulative sums each range takes one subtraction. The usual range is kept unless another
+    one fits four times as well.
+    """
     s = p.scores(hide=False)
     e = (s - s.amax(-1, keepdim=True)).exp().permute(3, 0, 2, 1)[..., None]  # (T, B, S, H, 1)
     v = p.heads("v_proj")[:, :, p.head_map()].transpose(0, 1)[:, :, None]  # (T, B, 1, H, d)
@@ -366,7 +390,10 @@ def read_range(p, theirs):
 
 
 def read_padding(p, theirs):
-    """The share of each query that went to the value of the token id 0, which pads, in layer 0."""
+    """The share of each query that went to the value of token id 0, which pads.
+
+    In layer 0 this value is known, because it depends on no position and no other token.
+    """
     if theirs is not None and p.layer == 0 and not p.real().all():
         x = unit(p.weight("embed_tokens")[0], p.eps) * p.weight("input_layernorm")
         way = (p.weight("v_proj") @ x).view(-1, p.d)[p.head_map()] - p.plain()
@@ -471,7 +498,8 @@ def activations(p, theirs):
     if theirs is not None:  # f(g) = g·sigmoid(βg) with any β
         beta = ((theirs / p["w3"] / p["w1"]).logit() / p["w1"]).nanmedian().item()
         named |= {f"x·sigmoid({b:g}·x)": lambda g, b=b: g * (b * g).sigmoid() for b in nice(beta)}
-    for (text, how), (name, f) in [*itertools.product(ARRANGEMENTS.items(), named.items())][1:]:
+    every = [*itertools.product(ARRANGEMENTS.items(), named.items())]
+    for (text, how), (name, f) in every[1:]:  # the first one is right
         yield text.format(name), lambda p, how=how, f=f: how(p["w1"], p["w3"], f)
 
 

@@ -320,7 +320,10 @@ class Steps:
         return [cause[1:] for cause in ranked if cause[0] == best]
 
     def follow(self, name, changes):
-        """The other wrong steps that changes explain, those they do not, and those they spoil."""
+        """The other wrong steps that changes explain, those they do not, and those they spoil.
+
+        A step is spoilt if it is right as it is and would be wrong with the changes.
+        """
         same, rest, spoilt = [], [], []
         for other in self.pair.shared:
             lacking = Run(without(self.pair.port, other)).lacking(other)

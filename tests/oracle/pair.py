@@ -10,14 +10,13 @@ import re
 import torch
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import NORMS, Place, Run, Trace, parse, unit
+from steps import NEGLIGIBLE, NORMS, Place, Run, Trace, parse, unit
 
 from mixtral import read_weights
 
 JUMP = 16
 SLACK = {torch.bfloat16: 8, torch.float16: 16}  # units in the last place; 64 for others
 FLOATS, WHOLE = (torch.float64, torch.float32, *SLACK), ("chosen", "tokens")
-NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
 
 
 class IncomparableError(Exception):
@@ -60,7 +59,7 @@ def read_trace(path, model, chunk):
 
 
 def norm_weights(trace):
-    """The weights of the norms as they follow from inputs and outputs, for a trace without any."""
+    """For a trace without weights, those of the norms: Σ x·y / Σ x² over the tokens, by feature."""
     run, found = Run(trace), {}
     for name in filter(lambda name: word(name) in NORMS, trace.tensors):
         if Place(run, name).inputs()[0] in trace.tensors:
@@ -152,7 +151,7 @@ class Pair:
     # ------------------------------------------------------------------ theirs in our form
 
     def adopt(self, theirs, at=""):
-        """Read a file of theirs; what begins with `at` and fits comes into the port's trace."""
+        """Read a file of theirs; of the tensors under `at`, what fits is the port's trace."""
         self.theirs = theirs
         self.shared = [name for name in self.order if name in theirs
                        and name != "tokens" and word(name) != "margin"]
@@ -185,7 +184,10 @@ class Pair:
         return full.reshape(shape)
 
     def takers(self, name):
-        """The tokens of an expert: those that chose it, or else those in theirs, or else ours."""
+        """The tokens of an expert: those that chose it, or else those in theirs, or else ours.
+
+        `chosen` comes first because it is what the model computes; the numbers only describe rows.
+        """
         at, expert = name.rpartition("experts")[0], parse(name)[2]
         chosen, tokens = self.theirs.get(at + "chosen"), f"{at}experts.{expert}.tokens"
         chosen = None if chosen is None else self.own(at + "chosen", chosen)
@@ -194,7 +196,7 @@ class Pair:
         return self.numbered(self.theirs.get(tokens, self.ours[tokens]))[0].unique()
 
     def numbered(self, tokens):
-        """The ascending real numbers among those of rows, and their places."""
+        """The numbers of rows in ascending order, without padding, and where each row stood."""
         tokens, place = tokens.flatten().long().sort()
         inside = (tokens >= 0) & (tokens < len(self.real))
         kept = inside & self.real[tokens.clamp(0, len(self.real) - 1)]

@@ -20,6 +20,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "q_rotated", "k_rotated", "scores", "
              "mixed", "o_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w3", "w2", "lm_head")
+NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
 ROUTER, EXPERT = ("gate", "chosen", "weights"), ("tokens", "w1", "w3", "hidden", "w2")
 
 
@@ -119,7 +120,10 @@ class Run:
         return self.values[name]
 
     def lacking(self, name):
-        """All that must be computed for a quantity, inputs first, as {name: inputs}."""
+        """All that must be computed for a quantity, inputs first, as {name: inputs}.
+
+        The search goes into the first missing input only, so that inputs come before their users.
+        """
         found, todo = {}, [] if name in self.values else [name]
         while todo:
             inputs = Place(self, todo[-1]).inputs()
@@ -164,7 +168,7 @@ class Place:
         return at if last == "layer" else f"{at}.{group}{last}"
 
     def inputs(self):
-        """The names of the quantities from which this one is computed."""
+        """The names of the quantities from which this one is computed; any expert may be chosen."""
         chosen = self.run.values.get(self.name("chosen"))
         experts = range(self.E) if chosen is None else experts_in(chosen)
         return [self.name(last, e) for last in STEPS[self.word][0]
