@@ -308,11 +308,6 @@ class Steps:
             except UNFIT:
                 continue
         found = [cause for cause in found if cause[1] <= limit]
-        ours, _, tokens = self.pair.rows(name)
-        for text, back in () if found or bad is None else maps(self.pair, name):
-            error = max(row_errors(ours, back)[self.pair.real[tokens]].tolist(), default=math.inf)
-            if error <= limit and not found:
-                found.append((READ + text, error, {}))
         least = 16 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
         ranked = [((error > least, *map(len, after[1:]), READ in text), text, error, after)
                   for text, error, changes in found for after in [self.follow(name, changes)]]

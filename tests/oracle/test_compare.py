@@ -3,6 +3,7 @@
 Which causes it names is tested in test_causes.py.
 """
 
+import itertools
 import json
 import math
 import trace
@@ -72,10 +73,10 @@ def test_honest_runs_are_equal_within_rounding(dtype, seed, layers, tmp_path, ve
     assert code == 0 and f"Equal within {dtype} rounding" in text and "layout" not in text, text
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-@pytest.mark.parametrize("case", sorted(golden.CASES))
+@pytest.mark.parametrize("case, dtype", [("bfloat16", torch.bfloat16), *itertools.product(
+    sorted(golden.CASES), [torch.float64, torch.float32, torch.float16])])
 def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, verdict):
-    """Also if its weights are rounded to float16."""
+    """Also if its weights are rounded to float16; bfloat16 needs weights that it can hold."""
     code, text = verdict(case, port.run(port.known(golden.HERE / f"{case}.safetensors"), dtype))
     assert code == 0 and "layout" not in text, text
 
