@@ -600,10 +600,6 @@ def read_configuration(directory, layout, tensors, notes):
 
 def in_our_terms(raw, tensors, notes):
     """A config.json in the terms of mixtral.py; adds a tied output projection to the tensors."""
-    rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
-    kind, rope_type = raw.get("model_type"), rope.get("type", rope.get("rope_type", "default"))
-    if kind not in ("mixtral", None) or rope_type != "default":
-        raise ValueError(f"wanted mixtral and rope_type default, got {kind} and {rope_type}")
     embedding, head = NAMES[0][HUGGINGFACE], NAMES[-1][HUGGINGFACE]
     if raw.get("tie_word_embeddings") and head not in tensors and embedding in tensors:
         tensors[head] = tensors[embedding]

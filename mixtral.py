@@ -98,7 +98,7 @@ class MixtralConfig:
         rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
         kind = raw.get("model_type", "mixtral"), rope.get("type", rope.get("rope_type", "default"))
         if kind != ("mixtral", "default"):
-            raise ValueError(f"config: wanted a mixtral with rope_type default, got {kind!r:.80}")
+            raise ValueError(f"config: wanted mixtral, rope_type default; got {kind[0]}, {kind[1]}")
         raw = {"rope_theta": rope.get("rope_theta", cls.rope_theta)} | raw
         return cls(**{f.name: raw[f.name] for f in fields(cls) if f.name in raw})
 

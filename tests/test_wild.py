@@ -379,7 +379,8 @@ REFUSALS = [
     (instead("a.gguf"), "llama.cpp"), (instead("zero_to_fp32.py"), "run its zero_to_fp32.py first"),
     (instead("global_step9"), "DeepSpeed"), (instead("mp_rank_00_model.pt"), "DeepSpeed"),
     (instead("__0_0.distcp"), "FSDP"), (with_more(mlp__qweight=torch.ones(1)), "mlp.qweight is in"),
-    (in_config(model_type="llama"), "got llama"), (in_config(rope_scaling={"type": "x"}), "and x"),
+    (in_config(model_type="llama"), "got llama"),
+    (in_config(rope_scaling={"type": "x"}), "got mixtral, x"),
     (a_file, "is a file"), (lambda source: (source / "model.safetensors").unlink(), "no weights")]
 
 
