@@ -714,7 +714,10 @@ def arguments(argv):
     p.add_argument("--chunk", type=int, metavar="N", default=0,
                    help="tokens per call of the port (default: as in the golden file)")
     p.add_argument("--all", action="store_true", help="list the error of every tensor")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.chunk < 0:
+        p.error(f"--chunk must be at least 0, got {args.chunk}")
+    return args
 
 
 def read_names(path):

@@ -15,7 +15,7 @@ import pair
 import port
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, save
 from reference import axes, word
 from test_causes import causes_in
 
@@ -81,12 +81,22 @@ def test_an_honest_port_is_equal_on_every_golden_file(case, dtype, verdict):
     assert code == 0 and "layout" not in text, text
 
 
-def test_a_coarse_trace_with_a_flip_is_no_error(verdict):
-    """The padded rows in bfloat16 flip where only the outputs of the layers are known."""
-    tensors = port.run(port.known(golden.HERE / "ragged.safetensors"), torch.bfloat16)
-    coarse = {n: x for n, x in tensors.items() if word(n) in ("tokens", "embed_tokens", "layer")}
-    code, text = verdict("ragged", coarse)
-    assert code == 0 and "Routing flip" in text, text
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flips_that_the_port_does_not_write_are_no_error(dtype, tmp_path, verdict):
+    """Whether it writes all but the choices and the experts, or only the outputs of the layers."""
+    text, flips = torch.randint(0, 37, (2, 20), generator=torch.Generator().manual_seed(9)), 0
+    for seed in range(6):
+        model = random_model(seed, **SIZES).to(dtype)
+        found = {"tokens": text} | trace.record(model, text, scores=True)
+        trace.write_trace(model.double(), text, tmp_path / "ours", scores=True)
+        directory = save(model, tmp_path / "model")
+        for kept in (lambda n: word(n) not in ("chosen", "weights") and "experts" not in n,
+                     lambda n: word(n) in ("tokens", "embed_tokens", "layer")):
+            tensors = {n: x for n, x in found.items() if kept(n)}
+            code, printed = verdict(tmp_path / "ours", tensors, "--model", directory)
+            assert code == 0, (seed, printed)
+            flips += "Routing flip" in printed
+    assert flips
 
 
 @pytest.mark.parametrize("dtype, step", [("float32", 3), ("bfloat16", 5), ("float16", 7)])
