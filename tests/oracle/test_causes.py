@@ -23,6 +23,7 @@ from seeds import (
     inside,
     interleaved,
     rows_of_heads,
+    scaled,
     turned,
 )
 from steps import STEPS, Run
@@ -378,6 +379,24 @@ def test_an_error_behind_a_layout_is_not_blamed_on_it(verdict):
     tensors = ported("plain", {}, lambda w: {f"{gate}.weight": 2 * w[f"{gate}.weight"]})
     few = {n: tensors[n] for n in (gate, gate.replace("gate", "chosen"))}
     assert verdict("plain", few)[0] == 1  # nothing shows what became of the weights
+
+
+def test_in_bfloat16_a_factor_of_the_embedding_is_no_layout(verdict):
+    """The stream takes part in sums, which no later factor mends."""
+    tensors = ported("plain", {}, scaled("embed_tokens", 2), dtype=torch.bfloat16)
+    text = verdict("plain", tensors)[1]
+    assert causes_in(text)[0].startswith("it is multiplied by 2.0") and "layout" not in text, text
+
+
+def test_router_rows_in_another_order_than_the_experts_are_an_error(verdict):
+    gate = f"{AT}block_sparse_moe.gate"
+
+    def swapped(weights):
+        return {f"{gate}.weight": weights[f"{gate}.weight"][[0, 2, 1, 3]]}
+    tensors = ported("one_expert", {}, swapped)
+    for kept in (lambda n: True), (lambda n: word(n) != "chosen"):
+        code, text = verdict("one_expert", {n: x for n, x in tensors.items() if kept(n)})
+        assert code == 1 and first_difference(text) == gate and "layout" not in text, text
 
 
 def test_a_layout_of_one_layer_is_no_error_in_the_next(verdict):

@@ -271,6 +271,13 @@ def test_what_is_missing_in_theirs_bounds_the_place(changed):
     assert "Trace model.layers.1." in text
 
 
+def test_a_score_is_masked_if_it_vanishes_beside_others_of_its_own_head():
+    ours = torch.tensor([[[200.0, -math.inf], [0.0, -math.inf]]])
+    for score, error in (-150.0, 0.0), (50.0, math.inf):
+        theirs = torch.tensor([[[200.0, 0.0], [0.0, score]]])
+        assert pair.row_errors(ours, theirs).tolist() == [error]
+
+
 def test_numbers_that_are_not_finite_prove_nothing():
     args = compare.arguments([str(golden.HERE / "plain.safetensors")] * 2)
     name, everything = "model.layers.0", torch.ones(14, dtype=torch.bool)
@@ -393,6 +400,8 @@ def test_packed_rows_and_experts_that_ran_on_all_tokens_are_accepted(verdict):
     packed[at + "w1"] = x.flatten(0, 1) @ ours.weights[at + "w1.weight"].T
     code, text = verdict("ragged", packed)
     assert code == 0 and f"of {len(packed) - 2} tensors" in text, text  # without margins
+    rows = {at + "w1": packed[at + "w1"][real]}  # the expert ran on all packed tokens
+    assert verdict("ragged", packed | rows)[0] == 0
     packed[at + "w1"][7] += 1.0  # no token that chose this expert
     taken = int(ours.tensors[at + "tokens"][0])
     assert verdict("ragged", packed)[0] == (1 if taken == 7 else 0)
