@@ -368,6 +368,18 @@ def test_a_token_that_an_expert_dropped_is_found_also_without_the_choices(verdic
     code, text = verdict("plain", dropped)
     assert code == 1 and f"{at}tokens" in text and "no expert drops a token" in text
     assert verdict("plain", tensors)[0] == 0
+    tensors, real = golden_tensors("ragged"), torch.arange(27) % 9 < torch.tensor(
+        [9, 4, 1]).repeat_interleave(9)
+    packed = {n: x[real] for n, x in tensors.items() if n.endswith("chosen")}
+    at = f"{L0}block_sparse_moe.experts."
+    packed |= {n: x[:-1] for n, x in tensors.items() if n.startswith(at)}
+    assert verdict("ragged", packed)[0] == 1
+
+
+def test_experts_counted_from_1_are_named_beside_padding(verdict):
+    tensors = golden_tensors("ragged")
+    tensors[f"{L0}block_sparse_moe.chosen"] += 1
+    assert causes_in(verdict("ragged", tensors)[1])[0] == "the ids of experts are counted from 1"
 
 
 def test_rows_of_experts_can_be_in_any_order(verdict):
