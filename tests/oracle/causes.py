@@ -10,18 +10,17 @@ by computing with it.
 
 import itertools
 import math
-import re
 
 import torch
 from steps import (
-    HALVES,
     LINEAR,
     NEGLIGIBLE,
-    NEIGHBOURS,
     NORMS,
     STEPS,
     Place,
     calls_of,
+    halves,
+    neighbours,
     turn,
     unit,
 )
@@ -72,18 +71,19 @@ def factors(p, theirs):
     named = factor_names(p.config)
     found = set(named.values()) if p.word in ("embed_tokens", "scores") else ()
     if theirs is not None:
-        a, b = (x[p.plain().isfinite() & theirs.isfinite()] for x in (p.plain(), theirs))
+        clear = p.plain().isfinite() & theirs.isfinite()
+        a, b = p.plain()[clear], theirs[clear]
         found = {((a * b).sum() / a.square().sum()).item()}
     for x in found:
-        same = [name for name, y in named.items() if abs(x / y - 1) < 1e-5]
+        same = " or ".join(name for name, y in named.items() if abs(x / y - 1) < 1e-5)
         yield (f"it is multiplied by {x:.{6 if abs(x - 1) > 1e-5 else 15}g}"
-               f"{', which is ' * bool(same)}{' or '.join(same)}", lambda p, x=x: p.plain() * x)
+               f"{', which is ' * bool(same)}{same}", lambda p, x=x: p.plain() * x)
 
 
 def rounded(p, theirs):
     """A lower precision than that of the file."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        if torch.finfo(dtype).eps > p.run.epsilon:
+        if torch.finfo(dtype).eps > torch.finfo(p.run.trace.dtype).eps:
             yield (f"it is rounded to {str(dtype)[6:]}; if the port computes in it, write it so",
                    lambda p, dtype=dtype: p.plain().to(dtype).double())
 
@@ -143,34 +143,20 @@ def products(p, theirs):
 
 
 def substitutes(p, theirs):
-    """For each norm and linear layer, the weight or buffer that gives the port's numbers."""
-    port, read = p.run.port, {}
-    for name in [p.name(), *port.tensors] if theirs is not None else ():  # this one first
-        place = Place(p.run, name)
-        if place.word not in NORMS + LINEAR or place.inputs()[0] not in port.tensors:
-            continue
-        goal, some = port.tensors[name], slice(None if place.word in NORMS else 64)  # of outputs
-        for other, weight in port.weights.items():
-            for how, w in (("", weight), (" transposed", weight.mT if weight.ndim > 1 else weight),
-                           (" with inputs and outputs exchanged", exchanged_sides(weight))):
-                if w.shape == place.weight().shape and goal.shape[:-1] == place.source().shape[:-1]:
-                    error = place.product(w[some].double()) - goal[..., some]
-                    if error.norm() < 1e-4 * goal[..., some].norm():
-                        read.setdefault(name, (other.removesuffix(".weight") + how, w.double()))
-    read = {name: found for name, found in read.items() if found[0] != name}
-    if read:
-        text = listed(f"that of {other} in {name}" for name, (other, _) in read.items())
-        text = re.sub(r"model\.|self_attn\.|block_sparse_moe\.", "", text)
-        yield f"{READ}other weights are used: {text}", {
-            name: lambda p, w=w: p.product(w) for name, (_, w) in read.items()}
+    """Every other weight of the same shape, also transposed, in the place of the right one."""
+    for other, weight in p.run.trace.weights.items() if theirs is not None else ():
+        for how, w in (("", weight), (" transposed", weight.mT if weight.ndim > 1 else weight),
+                       (" with inputs and outputs exchanged", exchanged_sides(weight))):
+            if w.shape == p.weight().shape and (how or other != f"{p.name()}.weight"):
+                yield f"{READ}the weight is {other.removesuffix('.weight')}{how}", {
+                    p.name(): lambda p, w=w: p.product(w.double())}
 
 
 HEAD_ROWS = {
-    "the rows of each head are in Mistral's order, in which neighbours are pairs; convert the "
-    "weights": lambda p: NEIGHBOURS.put(*HALVES.take(p.plain().unflatten(-1, (-1, p.d)))).flatten(
-        -2),
-    "the rows of each head are converted twice from Mistral's order": lambda p: HALVES.put(
-        *NEIGHBOURS.take(p.plain().unflatten(-1, (-1, p.d)))).flatten(-2)}
+    "the rows of each head are in Mistral's order, which fits a rotation of neighbours":
+        lambda p: neighbours(p.plain().unflatten(-1, (-1, p.d))).flatten(-2),
+    "the rows of each head are converted twice from Mistral's order":
+        lambda p: halves(p.plain().unflatten(-1, (-1, p.d))).flatten(-2)}
 HEAD_OUTPUTS = {
     "the heads are not transposed back: the rows of the heads follow one another":
         lambda p: p.product(x=p["mixed"].transpose(1, 2).reshape(*p["mixed"].shape[:2], -1))}
@@ -185,11 +171,11 @@ CAPS = {f"it is capped as {c:g}·tanh(x/{c:g})": lambda p, c=c: (c * (p.plain() 
 ROTATIONS = {
     "heads are not rotated": Place.unrotated,
     "neighbours (2i, 2i + 1) are rotated as pairs instead of (i, i + d/2)":
-        lambda p: p.rotated(take=NEIGHBOURS, put=NEIGHBOURS),
+        lambda p: neighbours(p.rotated(x=halves(p.unrotated()))),
     "neighbours (2i, 2i + 1) are rotated as pairs and written to (i, i + d/2)":
-        lambda p: p.rotated(take=NEIGHBOURS),
+        lambda p: p.rotated(x=halves(p.unrotated())),
     "pairs (i, i + d/2) are rotated and written to neighbours (2i, 2i + 1)":
-        lambda p: p.rotated(put=NEIGHBOURS),
+        lambda p: neighbours(p.rotated()),
     "only the first half of each head is rotated": lambda p: torch.cat((p.rotated(
         p.angles(frequency=p.frequencies(d=p.d // 2)), p.unrotated()[..., :p.d // 2]),
         p.unrotated()[..., p.d // 2:]), -1),
@@ -239,7 +225,7 @@ def turns(p, theirs):
 
     They are read in the head with the largest pair, where the division is most exact.
     """
-    mine, other = (torch.complex(*HALVES.take(x)) for x in (p.unrotated(), theirs))
+    mine, other = (torch.complex(*x.chunk(2, -1)) for x in (p.unrotated(), theirs))
     best = mine.abs().argmax(2, keepdim=True)
     return other.gather(2, best) / mine.gather(2, best)
 
@@ -275,7 +261,7 @@ def read_table(p, theirs):
             off <= 4 * torch.finfo(torch.float32).eps * (1 + angle.abs())).all():
         yield ("angles are computed in float32, or cosines and sines are rounded to it",
                lambda p: torch.view_as_real(
-                   torch.complex(*HALVES.take(p.unrotated())) * table).mT.flatten(-2))
+                   torch.complex(*p.unrotated().chunk(2, -1)) * table).mT.flatten(-2))
 
 
 # ------------------------------------------------------------------ scores, mask and softmax
@@ -361,32 +347,9 @@ HEADS = {"query head h uses key/value head h mod K instead of h // (H/K)": lambd
 
 
 def visible_keys(p, theirs):
-    """The keys that are visible, from the probabilities or from the values that they mix."""
-    if theirs is not None and p.S <= 128:
-        seen = theirs > 0 if p.word == "probabilities" else read_range(p, theirs)[:, None]
-        for text, mask in read_mask(p, seen):
-            yield text, {"scores": lambda p, mask=mask: p.scores(mask),
-                         "probabilities": lambda p, mask=mask: p.scores(mask).softmax(-1)}
-
-
-def read_range(p, theirs):
-    """The range of keys (B, S, T) whose softmax gives each query's mixed values best.
-
-    With cumulative sums each range takes one subtraction. The usual range is kept unless another
-    one fits four times as well.
-    """
-    s = p.scores(hide=False)
-    e = (s - s.amax(-1, keepdim=True)).exp().permute(3, 0, 2, 1)[..., None]  # (T, B, S, H, 1)
-    v = p.heads("v_proj")[:, :, p.head_map()].transpose(0, 1)[:, :, None]  # (T, B, 1, H, d)
-    total, sums = (torch.cat((torch.zeros_like(x[:1]), x.cumsum(0))) for x in (e, e * v))
-    usual, best = p.visible(), (p.plain() - theirs).flatten(2).norm(dim=-1) / 4
-    found = torch.stack((usual.int().argmax(-1), usual.sum(-1) + usual.int().argmax(-1)), -1)
-    for a, b in itertools.combinations(range(p.S + 1), 2):
-        mean = (sums[b] - sums[a]) / (total[b] - total[a])
-        error = (mean - theirs).flatten(2).norm(dim=-1).nan_to_num(math.inf)
-        found[error < best], best = torch.tensor([a, b]), best.minimum(error)
-    j = torch.arange(p.S)
-    return (j >= found[..., :1]) & (j < found[..., 1:])
+    """The keys that are visible, from the probabilities."""
+    for text, mask in read_mask(p, theirs > 0) if theirs is not None else ():
+        yield text, lambda p, mask=mask: p.scores(mask).softmax(-1)
 
 
 def read_padding(p, theirs):
@@ -422,8 +385,7 @@ def sums(p, theirs):
 
 CHOICES = {
     "of equal logits, the expert with the higher index is chosen": lambda p: (
-        p.E - 1 - p.choose(p["gate"].flip(1))).where(p.real().view(-1, 1), -1),
-    "the ids of experts are counted from 1": lambda p: (p.plain() + 1).where(p.plain() >= 0, -1)}
+        p.E - 1 - p.choose(p["gate"].flip(1))).where(p.real().view(-1, 1), -1)}
 
 
 def ranks(p, theirs):
@@ -438,14 +400,6 @@ def ranks(p, theirs):
     for text, which in found.items():
         if which and len(which) <= p.E and which != list(range(p.A)):
             yield text, lambda p, which=which: p.choose(ranks=which)
-
-
-def never_chosen(p, theirs):
-    if theirs is not None:
-        used = [x.flatten() for n, x in p.run.port.tensors.items() if n.endswith("chosen")]
-        never = torch.tensor(sorted({*range(p.E)} - {*torch.cat(used).tolist()})).long()
-        yield f"the experts {spans(never.tolist())} are never chosen", lambda p: p.choose(
-            p["gate"].index_fill(1, never, -math.inf))
 
 
 def over_all(p):
@@ -473,8 +427,7 @@ WEIGHTS = {
 def weight_inside(p, theirs):
     """The routing weight inside an expert, and perhaps also in the sum."""
     def weighted(p):
-        token, rank = torch.where(p["chosen"] == p.expert)
-        return p.plain() * p["weights"][token, rank, None]
+        return p.plain() * (p["weights"] * (p["chosen"] == p.expert)).sum(1, keepdim=True)
     words = ("w1", "w3") if p.word in ("w1", "w3") else (p.word,)
     inside, text = dict.fromkeys(words, weighted), " and ".join(words)
     yield (f"the routing weight multiplies {text} instead of the terms of the sum", inside | {
@@ -545,8 +498,8 @@ GUESSES = [  # the quantities, and what is guessed about them
     ("gate lm_head scores", CAPS), (QK, ROTATIONS), (QK, rotations), ("scores", SCORES),
     ("scores", attention_scores),
     ("scores mixed", HEADS), ("probabilities", SOFTMAX), ("probabilities", visible_keys),
-    ("mixed", VALUES), ("mixed", visible_keys), ("mixed", read_padding), ("residual", sums),
-    ("layer", sums), ("chosen", CHOICES), ("chosen", ranks), ("chosen", never_chosen),
+    ("mixed", VALUES), ("mixed", read_padding), ("residual", sums),
+    ("layer", sums), ("chosen", CHOICES), ("chosen", ranks),
     ("weights", WEIGHTS), ("w1", weight_inside), ("hidden", weight_inside),
     ("w2", weight_inside), ("hidden", activations),
     ("block_sparse_moe", MIXTURES), ("block_sparse_moe", read_mixture),

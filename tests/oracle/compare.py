@@ -22,16 +22,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
-from causes import GUESSES, READ, factor_names, listed, spans
-from pair import IncomparableError, Pair, as_rows, layer_of, row_errors
+from causes import GUESSES, READ, listed, spans
+from pair import IncomparableError, Pair, as_rows, row_errors
 from reference import axes, word
-from steps import MissingError, Place, Run, calls_of, experts_in, parse, without
+from steps import STEPS, Place, Run, calls_of, experts_in, parse, without
 from torch.nn import functional as F
 
 NEARER = 8
 LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "feature",
           "E": "expert", "A": "choice", "V": "token id", "T": "key"}
-UNFIT = (MissingError, RuntimeError, IndexError)  # what a step raises if it cannot be computed
+# What other layouts leave as it is in quantities of which not every number is used: router logits
+# that lose, and rotated queries and keys, whose scores would not show a shift of all positions.
+UNCHANGED = {"gate": lambda x: (x - x.amax(1, keepdim=True)).sort()[0]} | dict.fromkeys(
+    ("q_rotated", "k_rotated"), lambda x: F.normalize(x.flatten(1)).sort()[0])
+UNFIT = (LookupError, RuntimeError)  # what a step raises if it cannot be computed
 
 
 # ------------------------------------------------------------------ where a tensor differs
@@ -114,7 +118,7 @@ def token_patterns(pair, name, own):
             found = {n for n in own if number[n] >= at}
             yield f"the tokens from call {at} on, counted from 0", found
             yield f"the tokens of call {at}, counted from 0", {n for n in found if number[n] == at}
-    chosen = pair.ours.get(f"model.layers.{layer_of(name)}.block_sparse_moe.chosen")
+    chosen = pair.ours.get(f"model.layers.{parse(name)[1]}.block_sparse_moe.chosen")
     if chosen is not None and word(name) in ("block_sparse_moe", "layer"):
         takers = {e: (chosen == e).any(1).nonzero()[:, 0].tolist() for e in experts_in(chosen)}
         yield from ((f"the tokens of expert {e}", set(found)) for e, found in takers.items())
@@ -137,92 +141,23 @@ def summary(names):
                    for last, (layers, experts) in kinds.items()), 8, "; ")
 
 
-# ------------------------------------------------------------------ maps between ours and theirs
+# ------------------------------------------------------------------ proving causes
 
 
-def reordered(ours, theirs, axis, what):
-    """Theirs after slices in another order were moved back, as (text, order, theirs)."""
-    forms = (lambda x: x, F.normalize,  # also beside a factor, and beside an order inside slices
-             lambda x: x.view(len(x), len(ours), -1).sort(-1)[0].flatten(1))
-    for form in forms:
-        a, b = (form(x.nan_to_num(0, 0, 0).movedim(axis, 0).flatten(1)) for x in (ours, theirs))
-        order = torch.cdist(b, a, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        moved = (order != torch.arange(len(order))).nonzero()[:, 0].tolist()
-        if moved and len(set(order.tolist())) == len(order):
-            text = f"{what}s {moved[0]} and {moved[1]} are exchanged" if len(moved) == 2 else (
-                f"its {what}s are ours in the order {listed(order.tolist(), 12)}")
-            yield text, order, theirs.index_select(axis, order.argsort())
-
-
-def rescaled(ours, theirs, dims, text, c):
-    """Theirs without a factor that is constant along `dims`, as (text, theirs)."""
-    clear = ours.isfinite() & theirs.isfinite() & (ours != 0)
-    a, b = (x.where(clear, 0.0) for x in (ours, theirs))
-    factor = (a * b).sum(dims, keepdim=True) / a.square().sum(dims, keepdim=True)
-    if len(dims) == ours.ndim:
-        named = [name for name, x in factor_names(c).items() if abs(factor.item() / x - 1) < 1e-5]
-        text += f" {factor.item():.6g}" + f", which is {' or '.join(named)}" * bool(named)
-    if ours.numel() >= 3 * factor.numel():  # fewer numbers would prove nothing
-        yield text, theirs / factor.where(factor.isfinite() & (factor != 0), 1.0)
-
-
-def maps(pair, name, rows=None):
-    """What another layout may have done to a tensor, as (text, the port's rows without it)."""
-    ours, theirs, _ = pair.rows(name)
-    theirs = theirs if rows is None else rows
-    if word(name) in ("chosen", "tokens") or theirs is None:
-        return
-    shape, letters = ours.shape, parts(pair, name, ours)[1]
-    ours, theirs = (parts(pair, name, x)[0] for x in (ours, theirs))
-    found, every = [], range(ours.ndim)
-    for axis, letter in enumerate(letters, 1):
-        if letter in ("H", "K", "d", "M", "E"):
-            found += [(text, back) for text, _, back in reordered(
-                ours, theirs, axis, LABELS[letter])]
-    for dims, text in ((every, "it is multiplied by"),
-                       (every[:-1], "each feature has its own factor"),
-                       (every[1:], "each token has its own factor")):
-        found += rescaled(ours, theirs, tuple(dims), text, pair.trace.config)
-    if word(name) in ("scores", "gate"):
-        clear = ours.isfinite() & theirs.isfinite()
-        added = (theirs - ours).where(clear, math.nan).nanmedian(-1, keepdim=True)[0]
-        found.append(("a number is added to each row", theirs - added.nan_to_num()))
-    yield from ((text, back.reshape(shape)) for text, back in found)
-
-
-def layouts(pair, name):
-    """What one or two layouts may have done to a tensor, like `maps`."""
-    yield from maps(pair, name)
-    for text, rows in maps(pair, name):
-        yield from ((f"{text}, and {other}", back) for other, back in maps(pair, name, rows))
-
-
-def renumbered(pair, gate):
-    """The port's file with the experts of a layer in our order, as (text, file)."""
-    at, port = gate.removesuffix("gate"), pair.port.tensors
-    for text, order, back in reordered(pair.ours[gate], port[gate], 1, "expert"):
-        new = {f"{at}experts.{e}.": f"{at}experts.{n}." for e, n in enumerate(order.tolist())}
-        found = {new.get(head := n[:n.rfind(".") + 1], head) + n[len(head):]: x
-                 for n, x in pair.theirs.items()} | {gate: back}
-        if at + "chosen" in port:
-            found[at + "chosen"] = order[port[at + "chosen"].clamp(0, len(order) - 1)]
-        yield text, found
-
-
-# ------------------------------------------------------------------ testing causes
-
-
-class Steps:
+class Prover:
     """The port's quantities, each computed by our steps from what the port has before it."""
 
     def __init__(self, pair):
-        self.pair, self.limit, self.untested = pair, 8 * pair.rounding, set()
-        self.layouts = {}  # the text of each layout by the name of its tensor
+        self.pair, self.port, self.limit = pair, pair.port, 8 * pair.rounding
 
     @functools.cached_property
     def wrong(self):
-        known = set(map(word, self.layouts))  # later layers have them too
-        return [n for n in self.pair.port.tensors if word(n) not in known and self.fails(n)]
+        return [name for name in self.port.tensors if name != "tokens" and self.fails(name)]
+
+    def leave_out(self, last):
+        """Compute a quantity by our steps in all layers, because the port has another layout."""
+        self.port = self.port._replace(tensors={
+            name: x for name, x in self.port.tensors.items() if word(name) != last})
 
     def error(self, name, changes=None, bad=None):
         """The largest error of a quantity, with changes. Raises one of UNFIT.
@@ -231,27 +166,23 @@ class Steps:
         Rows with NaN are left out: a softmax over nothing gives no number to compare. At least a
         third of the rows of the tokens in `bad` must be left.
         """
-        pair, theirs = self.pair, self.pair.port.tensors[name]
-        mine = computed(pair.port, name, changes, pair.ours if bad is not None else None)
+        theirs, use = self.pair.port.tensors[name], self.pair.tokens(name)
+        mine = computed(self.port, name, changes, self.pair.ours if bad is not None else None)
         if mine.shape != theirs.shape:
             return math.inf
         if word(name) == "chosen":
             return self.choice(name, mine, theirs)
         mine, theirs = (as_rows(x, axes(name)) for x in (mine, theirs))
-        tokens = torch.arange(len(pair.real))
-        tokens = pair.tokens_of(name, pair.port.tensors) if axes(name)[0] == "R" else tokens
-        use = pair.real[tokens] & ~mine.flatten(1).isnan().any(1)
-        if bad is not None and (3 * (bad[tokens] & use).sum() < bad[tokens].sum() or not use.any()):
+        clear = use & ~mine.flatten(1).isnan().any(1)
+        if bad is not None and 3 * (bad & clear).sum() < (bad & use).sum() or (
+                changes and not clear.any()):
             return math.inf
-        default = math.inf if changes else 0.0
-        return max(row_errors(mine[use], theirs[use]).tolist(), default=default)
+        return max(row_errors(mine[clear], theirs[clear]).tolist(), default=0.0)
 
     def choice(self, name, mine, theirs):
         """∞ if experts differ by more than a near tie, otherwise 0."""
         same = (mine.sort(1)[0] == theirs.sort(1)[0]).all(1)
-        logits = Run(self.pair.port)[name.replace("chosen", "gate")][~same]
-        if max(mine.max(), theirs.max()) >= logits.shape[1]:
-            return 0.0 if same.all() else math.inf
+        logits = Run(self.port)[name.replace("chosen", "gate")][~same]
         a, b = (logits.gather(1, x[~same].clamp(min=0)).sort(1)[0] for x in (mine, theirs))
         near = (a - b).abs().amax(1) <= self.limit * logits.abs().amax(1)
         return 0.0 if near.all() else math.inf
@@ -259,14 +190,13 @@ class Steps:
     def fails(self, name, changes=None):
         """Whether a quantity is certainly wrong."""
         try:
-            return word(name) != "tokens" and self.error(name, changes) > self.limit
+            return self.error(name, changes) > self.limit
         except UNFIT:
             return False
 
     def guesses(self, name):
         """Every guess that can reach a quantity, as (text, changes)."""
-        run = Run(without(self.pair.port, name))
-        run.port, run.epsilon = self.pair.port, self.pair.epsilon
+        run = Run(without(self.port, name))
         reached = {parse(n)[0]: n for n in run.lacking(name)}
         for words, guess in GUESSES:
             words = tuple(words.split())
@@ -276,7 +206,7 @@ class Steps:
             here = word(name) in reaching
             place = Place(run, name if here else reached[reaching[0]])
             theirs = self.pair.port.tensors[name] if here else None
-            try:
+            with contextlib.suppress(*UNFIT):  # shapes that contradict those before it
                 for text, change in guess.items() if isinstance(guess, dict) else guess(
                         place, theirs):
                     if isinstance(change, dict):
@@ -285,29 +215,22 @@ class Steps:
                     for some in dict.fromkeys([words, *((last,) for last in reaching)]):
                         yield (text + f", in {some[0]} only" * (some != words),
                                dict.fromkeys(some, change))
-            except MissingError as error:
-                self.untested.add(f"{words}: {error}")
-            except (RuntimeError, IndexError):
-                continue  # shapes that contradict those before it
+
+    def causes(self, name, bad, limit):
+        """The guesses that explain a quantity, as (text, remaining error, changes)."""
+        with contextlib.suppress(*UNFIT):  # what is right as it is has no cause
+            limit = min(limit, self.error(name, None, bad) / NEARER)
+        for text, changes in self.guesses(name) if name in self.pair.port.tensors else ():
+            with contextlib.suppress(*UNFIT):
+                if (error := self.error(name, changes, bad)) <= limit:
+                    yield text, error, changes
 
     def proved(self, name, bad, limit):
-        """The proved causes as (text, remaining error, what else they explain), the best first.
+        """The causes as (text, remaining error, what else they explain), the best ones only.
 
-        If some leave a much larger error than others, or explain fewer of the port's other wrong
-        steps, only the others are returned.
+        Others leave a much larger error, or explain fewer of the port's other wrong steps.
         """
-        found = []
-        with contextlib.suppress(*UNFIT, KeyError):  # what is right as it is has no cause
-            limit = min(limit, self.error(name, None, bad) / NEARER)
-            limit = min(limit, self.error(name) / NEARER)
-        for text, changes in self.guesses(name) if name in self.pair.port.tensors else ():
-            try:
-                found.append((text, self.error(name, changes, bad), changes))
-            except MissingError:
-                self.untested.add(text)
-            except UNFIT:
-                continue
-        found = [cause for cause in found if cause[1] <= limit]
+        found = [*self.causes(name, bad, limit)]
         least = 16 * max(min((error for _, error, _ in found), default=0.0), self.pair.epsilon)
         ranked = [((error > least, *map(len, after[1:]), READ in text), text, error, after)
                   for text, error, changes in found for after in [self.follow(name, changes)]]
@@ -320,14 +243,14 @@ class Steps:
         A step is spoilt if it is right as it is and would be wrong with the changes.
         """
         same, rest, spoilt = [], [], []
-        for other in self.pair.shared:
-            lacking = Run(without(self.pair.port, other)).lacking(other)
+        for other in self.port.tensors.keys() - {"tokens", name}:
+            lacking = Run(without(self.port, other)).lacking(other)
             touched = any({n, parse(n)[0]} & changes.keys() for n in lacking)
             wrong = other in self.wrong
             fits = not self.fails(other, changes) if touched else not wrong
-            if other != name and (wrong or not fits):
+            if wrong or not fits:
                 (same if fits else rest if wrong else spoilt).append(other)
-        return same, rest, spoilt
+        return [sorted(found, key=self.pair.order.index) for found in (same, rest, spoilt)]
 
 
 def computed(trace, name, changes=None, equal=None):
@@ -362,40 +285,30 @@ def refused(tokens):
 class Comparison:
     """Walks through the tensors that both files have, up to the first difference and beyond."""
 
-    def __init__(self, pair, refused=()):
-        pair.adopt(pair.file)
-        self.pair, self.steps, self.refused = pair, Steps(pair), {*refused}
+    def __init__(self, pair):
+        self.pair, self.prover = pair, Prover(pair)
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
-        self.compared, self.layouts = 0, self.steps.layouts
+        self.compared, self.layouts = 0, {}  # what is known of a layout, by the name of its tensor
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
-        self.before = pair.port._replace(tensors=dict(pair.port.tensors))  # in its own layouts
 
     def walk(self):
-        """This comparison, or a new one without a layout that turned out to be an error."""
         layer = None
-        for name in self.pair.order:
-            if name not in self.pair.shared:
-                continue
-            if layer_of(name) != layer:  # attention takes a flip to the later tokens of its row
-                layer = layer_of(name)
+        for name in self.pair.shared:
+            if parse(name)[1] != layer:  # attention takes a flip to the later tokens of its row
+                layer = parse(name)[1]
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
-            difference = self.difference(name)
+            explain = self.difference(name)
             self.compared += 1
-            if difference and self.first is None and self.try_layouts(name):
-                difference = self.difference(name)
-            if difference is None:
+            if explain is None:
                 self.equal += [name] if word(name) != "tokens" else []
-                continue
-            self.different.append(name)
-            if self.first is None:
-                if (guilty := self.culprit(name)) in self.layouts:
-                    return Comparison(self.pair, self.refused | {guilty}).walk()
-                self.first = name, difference()
-            if word(name) == "chosen":
-                break  # other experts ran: nothing that follows can be compared
-        if unused := self.first is None and [n for n in self.layouts if not self.settled(n)]:
-            return Comparison(self.pair, self.refused | {self.culprit(unused[0])}).walk()
+            elif self.first is None and self.is_layout(name):
+                self.layouts[name] = self.described(name)
+            else:
+                self.different.append(name)
+                self.first = self.first or (name, explain())
+                if word(name) == "chosen":
+                    break  # other experts ran: nothing that follows can be compared
         return self
 
     def difference(self, name):
@@ -405,11 +318,11 @@ class Comparison:
 
     def numbers(self, name):
         """`difference` for a tensor of numbers."""
-        pair, keep = self.pair, self.pair.real & ~self.tainted
+        pair = self.pair
         ours, theirs, tokens = pair.rows(name)
         if theirs is None:
             return lambda: self.shapes(name)
-        ours, theirs, tokens = ours[keep[tokens]], theirs[keep[tokens]], tokens[keep[tokens]]
+        ours, theirs, tokens = (x[~self.tainted[tokens]] for x in (ours, theirs, tokens))
         if not len(ours):
             return None
         found, limits = row_errors(ours, theirs), pair.limits(name, self.largest)
@@ -438,6 +351,8 @@ class Comparison:
         lines = [f"Its shape is {list(theirs.shape)}, ours is {list(ours.shape)}."]
         if theirs.numel() * self.pair.S == ours.numel() > 0:
             lines.append("It has one token per row. Write all of them, not only the last.")
+        elif theirs.numel() * len(self.pair.real) == ours.numel() * self.pair.real.sum():
+            lines.append("It lacks the padding. Write rows of the same length.")
         return lines + self.cause(name, torch.ones_like(self.pair.real), self.pair.rounding)
 
     def numbering(self, name):
@@ -446,99 +361,70 @@ class Comparison:
         If theirs has no choices, those that chose it in ours; near ties are flips.
         """
         pair, at = self.pair, name.partition("experts")[0]
-        known = at + "chosen" in pair.port.tensors
-        want = pair.takers(name) if known else pair.ours[name]
-        own, numbers = pair.numbered(pair.theirs[name])[0], pair.theirs[name].flatten()
-        off = torch.zeros_like(pair.real).index_fill_(0, own, True)
-        off ^= torch.zeros_like(pair.real).index_fill_(0, want, True)
+        known, numbers = at + "chosen" in pair.port.tensors, pair.theirs[name].flatten().long()
+        want = pair.takers(name) if known else pair.marked(pair.ours[name])
+        own = pair.marked(numbers)
+        off = (own ^ want) & (not own.equal(pair.real))  # an expert may run on all tokens
         near = self.tainted if known else self.tainted | (
             self.margin(at + "gate") < self.allowed(at + "gate"))
-        every = len(own) == pair.real.sum()  # it ran on all tokens
-        known = len(own.unique()) == len(own) and ((numbers >= 0) & (numbers < len(off))).all()
-        if every or known and not (off & ~near).any():
-            self.tainted |= off & (not every)
+        valid = len(numbers.unique()) == len(numbers) and numbers.unique().equal(
+            numbers.clamp(0, len(own) - 1).unique())
+        if valid and not (off & ~near).any():
+            self.tainted |= off
             return None
         return lambda: [f"It has the tokens {numbers.tolist()}, but those that chose the expert "
-                        f"are {want.tolist()}. Number tokens over all calls, from 0; no expert "
-                        "drops a token."]
+                        f"are {want.nonzero()[:, 0].tolist()}. Number tokens over all calls, from "
+                        "0; no expert drops a token."]
 
     # -------------------------------------------------------------- layouts
 
-    def excess(self, name, rows=None):
-        """The largest error of rows, divided by what rounding explains; by default the port's."""
-        ours, theirs, tokens = self.pair.rows(name)
-        if theirs is None and rows is None:
-            return math.inf
-        keep = (self.pair.real & ~self.tainted)[tokens]
-        found = row_errors(ours[keep], (theirs if rows is None else rows)[keep])
-        return max(found.tolist(), default=0.0) / min(self.pair.limits(name, self.largest))
+    def is_layout(self, name):
+        """Whether all that is computed from a tensor is equal to ours.
 
-    def try_layouts(self, name):
-        """Whether the port may have another layout; if so, its trace is changed to ours.
-
-        It must bring the tensor nearer by a factor of 8, so that no rounding looks like a layout.
+        If the port has an error right behind the tensor, our steps must give our numbers from the
+        port's. Only an error far above rounding can be a layout.
         """
-        if word(name) == "tokens" or name in self.refused:
+        ours, theirs, tokens = self.pair.rows(name) if word(name) in STEPS else (None,) * 3
+        if theirs is None:
             return False
-        pair, error, at = self.pair, self.excess(name), name.removesuffix("gate")
-        fits = word(name) == "gate" and name in pair.port.tensors
-        for text, found in renumbered(pair, name) if fits else ():
-            kept = pair.theirs
-            pair.adopt(found, at)
-            if all(min(self.excess(n), *(self.excess(n, back) for _, back in maps(pair, n)), 9) <= 1
-                   for n in pair.shared if n.startswith(at) and word(n) in (
-                       "gate", "chosen", "w1")):
-                self.layouts[name] = text
-                self.before = pair.port._replace(tensors={
-                    n: x if n.startswith(at) else self.before.tensors[n]
-                    for n, x in pair.port.tensors.items()})
-                return True
-            pair.adopt(kept, at)
-        for text, back in layouts(pair, name):
-            if NEARER * self.excess(name, back) <= min(error, NEARER):
-                if axes(name)[-1] == "T":
-                    back = back.unflatten(0, (-1, pair.S)).transpose(1, 2)
-                pair.port.tensors[name] = back.reshape(pair.ours[name].shape)
-                self.layouts[name] = text
-                return True
+        ours, theirs = (x[~self.tainted[tokens]] for x in (ours, theirs))
+        limit = min(self.pair.limits(name, self.largest))
+        form = UNCHANGED.get(word(name), lambda x: torch.zeros_like(x))
+        if word(name) != "chosen" and row_errors(ours, theirs).max() < NEARER * limit or (
+                row_errors(form(ours), form(theirs)).max() > limit):
+            return False
+        reached, run = {name}, Run(self.pair.trace)
+        for other in self.pair.order[self.pair.order.index(name) + 1:]:
+            if word(other) in STEPS and reached & {*Place(run, other).inputs()} and not (
+                    self.is_ours(other)):
+                reached.add(other)
+        return self.pair.order[-1] not in reached
+
+    def is_ours(self, name):
+        """Whether the port has our numbers, or our steps give them from what it has before."""
+        if name in self.pair.port.tensors and self.near(name):
+            return True
+        with contextlib.suppress(*UNFIT):
+            return self.pair.port.tensors.get(name) is not None and self.near(
+                name, computed(self.pair.port, name))
         return False
 
-    def culprit(self, name):
-        """The tensor in which the error behind a difference is: it, or what looked like a layout.
+    def near(self, name, theirs=None):
+        """Whether numbers, by default the port's, are ours within rounding."""
+        ours, theirs, tokens = self.pair.rows(name, theirs)
+        keep = ~self.tainted[tokens]
+        return theirs is not None and max(row_errors(ours[keep], theirs[keep]).tolist(), default=0.0
+                                          ) <= self.pair.limits(name, 0.0)[0]
 
-        What it is computed from is wrong if our step does not give our numbers from what the port
-        has before it, in its own layout, but gives the port's.
-        """
-        if not self.gives(name, self.pair.ours) and self.gives(name, self.before.tensors):
-            for other in self.layouts:
-                if name in self.users(other)[1]:
-                    return self.culprit(other)
-        return name
-
-    def users(self, name):
-        """What is computed from a tensor up to the next traced ones without a layout; and those."""
-        reached, ends, run = {name}, set(), Run(self.pair.trace)
-        for other in self.pair.order[self.pair.order.index(name) + 1:]:
-            if word(other) != "margin" and reached & {*Place(run, other).inputs()}:
-                is_end = other in self.pair.shared and other not in self.layouts
-                (ends if is_end else reached).add(other)
-        return reached, ends
-
-    def settled(self, name):
-        """Whether traced tensors show that nothing behind a layout is wrong."""
-        return self.pair.order[-1] not in self.users(name)[0]
-
-    def gives(self, name, goals):
-        """Whether our step gives a number of `goals` from what the port has before it."""
-        try:
-            mine, goal = computed(self.before, name), goals[name]
-        except (*UNFIT, KeyError):
-            return False
-        if mine.shape != goal.shape or not mine.is_floating_point():
-            return mine.equal(goal)
-        mine, goal = (as_rows(x, axes(name)) for x in (mine, goal))
-        keep = self.pair.real if axes(name)[0] != "R" else slice(None)
-        return (row_errors(goal[keep], mine[keep]) <= self.pair.rounding).all().item()
+    def described(self, name):
+        """The cause that explains a layout, or nothing; the proofs then do without the tensor."""
+        for other, text in self.layouts.items():
+            if word(other) == word(name):
+                return text
+        found = min(self.prover.causes(name, None, self.pair.rounding), key=lambda cause: cause[1],
+                    default=("",))
+        self.prover.leave_out(word(name))
+        return found[0]
 
     # -------------------------------------------------------------- routing
 
@@ -564,7 +450,7 @@ class Comparison:
             return False
         margin = self.margin(f"{at}.gate")
         if (margin >= self.allowed(f"{at}.gate"))[bad].any() or (
-                all(self.steps.fails(name, c) for c in (None, refused(bad.tolist())))):
+                all(self.prover.fails(name, c) for c in (None, refused(bad.tolist())))):
             return False
         self.flip(f"{at}.chosen", bad, margin)
         return True
@@ -583,12 +469,10 @@ class Comparison:
         if other is None or other.shape != mine.shape:
             return lambda: self.shapes(chosen)
         wrong = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
-        known = other.clamp(0, logits.shape[1] - 1)
-        best, new = (logits.gather(1, x).sort(1)[0] for x in (mine.clamp(min=0), known))
-        gap = (best[:, 0] - new[:, 0]).masked_fill((known != other).any(1), math.inf)
-        tied = (best == new).all(1) & (gate in port)
+        best, new = (logits.gather(1, x.clamp(min=0)).sort(1)[0] for x in (mine, other))
+        gap, tied = best[:, 0] - new[:, 0], (best == new).all(1) & (gate in port)
         if gate in port:
-            a, b = (port[gate].gather(1, x).sort(1)[0] for x in (mine.clamp(min=0), known))
+            a, b = (port[gate].gather(1, x.clamp(min=0)).sort(1)[0] for x in (mine, other))
             tied &= (a == b).all(1)
         self.flip(chosen, (wrong & (gap <= self.allowed(gate)) & ~tied).nonzero()[:, 0], gap)
         wrong &= ~self.tainted
@@ -611,16 +495,24 @@ class Comparison:
     def cause(self, name, bad, limit, error=math.inf, drift=False):
         """Sentences about the proved causes, or about what to do if there are none."""
         limit = min(limit / 4, error / NEARER) if word(name) != "chosen" else 0.0
-        steps = self.steps
-        if causes := steps.proved(name, bad, limit):
-            return self.found(causes, steps)
-        lines = self.not_found(name, steps, drift)
-        if others := [n for n in steps.wrong if n != name and not drift]:
+        if causes := self.prover.proved(name, bad, limit):
+            return self.found(causes)
+        if drift:
+            return ["Cause: no single operation. The error drifts: it grew without a jump, as "
+                    "lower precision inside the port makes it grow; --all lists it."]
+        lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
+        if not self.pair.trace.weights:
+            lines.append("Most causes need the weights. Give the directory of the model with "
+                         "--model.")
+        if skipped := self.pair.skipped(self.equal[-1] if self.equal else None, name):
+            main = [n for n in skipped if ".experts." not in n] or skipped
+            lines.append(f"Trace {main[len(main) // 2]} next.")
+        if others := [n for n in self.prover.wrong if n != name]:
             lines.append("Computed from the port's own numbers, other steps differ too: "
                          f"{summary(others)}.")
         return lines
 
-    def found(self, causes, steps):
+    def found(self, causes):
         """Sentences about a proved cause, those that give the same numbers, and another error."""
         text, remaining, (same, rest, spoilt) = causes[0]
         lines = [f"Cause: {text}. With it, the error that remains is {remaining:.2g}."]
@@ -635,21 +527,8 @@ class Comparison:
         if rest:  # numbers that were read in one tensor do not fit others
             lines.append("Computed from the port's own numbers, other steps differ too"
                          f"{', so there is another error' * (READ not in text)}: {summary(rest)}.")
-            more = steps.proved(rest[0], None, self.pair.rounding)
+            more = self.prover.proved(rest[0], None, self.pair.rounding)
             lines += [f"There: {more[0][0]}."] if more else []
-        return lines
-
-    def not_found(self, name, steps, drift):
-        if drift:
-            return ["Cause: no single operation. The error drifts: it grew without a jump, as "
-                    "lower precision inside the port makes it grow; --all lists it."]
-        lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
-        if steps.untested:
-            lines.append(f"Causes that could not be tested without the weights: "
-                         f"{len(steps.untested)}. Give the directory of the model with --model.")
-        if skipped := self.pair.skipped(self.equal[-1] if self.equal else None, name):
-            main = [n for n in skipped if ".experts." not in n] or skipped
-            lines.append(f"Trace {main[len(main) // 2]} next.")
         return lines
 
 
@@ -672,8 +551,8 @@ def verdict(pair, found, args):
         yield from (f"{error:10.3g}  {name}" for name, error in found.errors.items())
     for text in dict.fromkeys(found.layouts.values()):
         names = [name for name, other in found.layouts.items() if other == text]
-        yield (f"Your layout differs in {summary(names)}: {text}. All that is computed from it is "
-               "equal, so this is no error.")
+        yield (f"Your layout differs in {summary(names)}{': ' * bool(text)}{text}. All that is "
+               "computed from it is equal, so this is no error.")
     for chosen, token, gap in found.flips:
         why = "the logits are equal, and here the lower index is chosen" if gap == 0 else (
             f"the margin is {gap:.2g}")
@@ -711,13 +590,10 @@ def arguments(argv):
     p.add_argument("--model", type=Path, metavar="DIR",
                    help="the checkpoint of a trace, so that causes far from the difference can be "
                         "tested; golden files hold their weights")
-    p.add_argument("--chunk", type=int, metavar="N", default=0,
-                   help="tokens per call of the port (default: as in the golden file)")
+    p.add_argument("--interleaved", action="store_true", help="the port rotates neighbouring "
+                   "features, and has the rows of q and k in Mistral's order")
     p.add_argument("--all", action="store_true", help="list the error of every tensor")
-    args = p.parse_args(argv)
-    if args.chunk < 0:
-        p.error(f"--chunk must be at least 0, got {args.chunk}")
-    return args
+    return p.parse_args(argv)
 
 
 def read_names(path):
@@ -735,7 +611,7 @@ def read_names(path):
 def main(argv=None):
     args = arguments(argv)
     try:
-        pair = Pair(args, read_names(args.names))
+        pair = Pair(args.ours, args.theirs, read_names(args.names), args.model, args.interleaved)
         found = Comparison(pair).walk()
         if found.first is None and not found.errors and not found.equal:
             raise IncomparableError(f"{args.theirs}: no number of it could be compared")

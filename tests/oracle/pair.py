@@ -3,14 +3,15 @@
 The section Tolerances of README.md has the formulas for the error of a row and for rounding.
 """
 
+import itertools
 import json
 import math
-import re
+import operator
 
 import torch
 from reference import axes, word
 from safetensors import SafetensorError, safe_open
-from steps import NEGLIGIBLE, NORMS, Place, Run, Trace, parse, unit
+from steps import NEGLIGIBLE, Trace, halves, parse
 
 from mixtral import read_weights
 
@@ -32,8 +33,8 @@ def read_file(path):
         raise IncomparableError(f"{path}: not a safetensors file: {error}") from None
 
 
-def read_trace(path, model, chunk):
-    """Our side in float64, its order and its dtype.
+def read_trace(path, model=None):
+    """Our side in float64, and its order.
 
     The weights are those of the golden file or of the directory `model`.
     """
@@ -47,50 +48,34 @@ def read_trace(path, model, chunk):
         weights = read_weights(model) if model else weights
     except ValueError as error:
         raise IncomparableError(str(error)) from None
-    B, S = tensors["tokens"].shape
-    tensors = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    trace = Trace(tensors, json.loads(metadata["config"]), weights,
-                  chunk or int(metadata.get("chunk", 0)), int(metadata.get("first_position", 0)),
-                  json.loads(metadata.get("lengths", "null")) or [S] * B,
-                  None if chunk else json.loads(metadata.get("calls", "null")))
-    weights |= {} if weights else norm_weights(trace)
     order = [name for name, *_ in json.loads(metadata["order"])]
-    return trace, order, getattr(torch, metadata["dtype"])
+    (B, S), chunk = tensors["tokens"].shape, int(metadata.get("chunk", 0))
+    calls = [[min(chunk, S - at)] * B for at in range(0, S, chunk)] if chunk else []
+    for name in order[1:]:
+        if axes(name)[0] == "R" and word(name) != "tokens":
+            rows, at = tensors[name], tensors[name.rpartition(".")[0] + ".tokens"]
+            tensors[name] = rows.new_zeros(B * S, *rows.shape[1:]).index_copy_(0, at, rows)
+    tensors = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    return Trace(tensors, json.loads(metadata["config"]), weights,
+                 getattr(torch, metadata["dtype"]), int(metadata.get("first_position", 0)),
+                 json.loads(metadata.get("lengths", "null")) or [S] * B,
+                 json.loads(metadata.get("calls", "null")) or calls), order
 
 
-def norm_weights(trace):
-    """For a trace without weights, those of the norms: Σ x·y / Σ x² over the tokens, by feature."""
-    run, found = Run(trace), {}
-    for name in filter(lambda name: word(name) in NORMS, trace.tensors):
-        if Place(run, name).inputs()[0] in trace.tensors:
-            x, y = unit(Place(run, name).source(), trace.config["rms_norm_eps"]), run[name]
-            found[f"{name}.weight"] = (x * y).sum((0, 1)) / x.square().sum((0, 1))
-    return found
-
-
-def layer_of(name):
-    """The number of the layer of a quantity, or None outside the layers."""
-    found = re.match(r"model\.layers\.(\d+)", name)
-    return int(found[1]) if found else None
+def boundaries(shape):
+    """Where the axes of a tensor end, as products of their sizes."""
+    return {*itertools.accumulate((n for n in shape if n != 1), operator.mul)}
 
 
 def reshaped(theirs, ours):
     """Theirs in the shape of ours if only joined axes and axes of size 1 differ, else None."""
-    if theirs.numel() != ours.numel():
-        return None
-    short, long = sorted(([n for n in x.shape if n != 1] for x in (theirs, ours)), key=len)
-    at = 0
-    for n in short:
-        size = 1
-        while size < n and at < len(long):
-            size, at = size * long[at], at + 1
-        if size != n:
-            return None
-    return theirs.reshape(ours.shape)
+    a, b = boundaries(theirs.shape), boundaries(ours.shape)
+    same = theirs.numel() == ours.numel() and (a <= b or b <= a)
+    return theirs.reshape(ours.shape) if same else None
 
 
 def as_rows(x, letters):
-    """One row per token: (B, S, …), (B, H, S, T), (N, …) or (R, …) -> (rows, …)."""
+    """One row per token: (B, S, …), (B, H, S, T) or (N, …) -> (N, …)."""
     if letters == ["B", "H", "S", "T"]:
         x = x.transpose(1, 2)
     return x.flatten(0, 1) if letters[0] == "B" else x
@@ -111,38 +96,49 @@ def row_errors(ours, theirs):
 class Pair:
     """Both traces: `theirs` as the port wrote it, `port` in our shapes and order in float64."""
 
-    def __init__(self, args, names):
-        self.trace, self.order, dtype = read_trace(args.ours, args.model, args.chunk)
-        self.ours, (_, found) = self.trace.tensors, read_file(args.theirs)
-        self.file = {names.get(name, name): x for name, x in found.items()}
+    def __init__(self, ours, theirs, names, model=None, interleaved=False):
+        self.trace, self.order = read_trace(ours, model)
+        self.ours, self.interleaved = self.trace.tensors, interleaved
+        self.theirs = {names.get(name, name): x for name, x in read_file(theirs)[1].items()}
         self.S = self.ours["tokens"].shape[1]
         self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
-        self.port = self.trace._replace(tensors={"tokens": self.ours["tokens"]})
-        self.adopt(self.file)
-        self.check(args.theirs, self.file)
+        self.shared = [name for name in self.order if name in self.theirs
+                       and name != "tokens" and word(name) != "margin"]
+        self.check(theirs)
         dtypes = [self.theirs[name].dtype for name in self.shared if word(name) not in WHOLE]
-        self.dtype = max(dtypes + [dtype], key=lambda dtype: torch.finfo(dtype).eps)
+        self.dtype = max([*dtypes, self.trace.dtype], key=lambda dtype: torch.finfo(dtype).eps)
         self.epsilon = torch.finfo(self.dtype).eps
         # Two correct ways to compute an angle in float64 differ by its rounding error.
         angle = torch.finfo(torch.float64).eps * (self.trace.first_position + self.S)
         self.rounding = SLACK.get(self.dtype, 64) * self.epsilon + angle
+        self.port = self.trace._replace(
+            tensors={"tokens": self.ours["tokens"]}, dtype=self.dtype)
+        for name in self.shared:  # the choices of a layer before its experts, which need them
+            if word(name) != "tokens" and (x := self.own(name, self.theirs[name])) is not None:
+                self.port.tensors[name] = x.double() if x.is_floating_point() else x.long()
 
-    def check(self, path, found):
+    def check(self, path):
         """Raises IncomparableError if the names or the tokens are not ours."""
-        short = [name for name in found if f"model.{name}" in self.order]
+        short = [name for name in self.theirs if f"model.{name}" in self.order]
         if short:
             raise IncomparableError(f"{path}: {min(short)} is our model.{min(short)}; write "
                                     "`model.` before the names, or map them with --names")
         if not self.shared:
             raise IncomparableError(
                 f"{path}: has none of our names, such as {self.order[1]}; it has "
-                f"{', '.join(sorted(found)[:3])}; map its names with --names")
+                f"{', '.join(sorted(self.theirs)[:3])}; map its names with --names")
         for name in self.shared:
             dtype, whole = self.theirs[name].dtype, word(name) in WHOLE
             if whole and (dtype.is_floating_point or dtype.is_complex) or (
                     not whole and dtype not in FLOATS):
                 raise IncomparableError(f"{path}: {name} is {str(dtype)[6:]}; write it as "
                                         f"{'I64' if whole else 'F64, F32, F16 or BF16'}")
+            x, E = self.theirs[name], self.trace.config["num_local_experts"]
+            if word(name) == "chosen" and x.numel() % len(self.real) == 0:
+                x = x.reshape(len(self.real), -1)[self.real]
+                if ((x < 0) | (x >= E)).any():
+                    raise IncomparableError(f"{path}: {name} has experts from {x.min()} to "
+                                            f"{x.max()}; count them from 0 to {E - 1}")
         ours, theirs = (side.get("tokens", self.ours["tokens"]).flatten().tolist()
                         for side in (self.ours, self.theirs))
         if theirs != ours:
@@ -150,106 +146,80 @@ class Pair:
 
     # ------------------------------------------------------------------ theirs in our form
 
-    def adopt(self, theirs, at=""):
-        """Read a file of theirs; of the tensors under `at`, what fits is the port's trace."""
-        self.theirs = theirs
-        self.shared = [name for name in self.order if name in theirs
-                       and name != "tokens" and word(name) != "margin"]
-        found = {name: self.own(name, theirs[name]) for name in self.shared if at in name}
-        kept = {name: x for name, x in self.port.tensors.items() if not at or at not in name}
-        self.port = self.trace._replace(tensors=kept | {"tokens": self.ours["tokens"]} | {
-            name: x.double() if x.is_floating_point() else x.long()
-            for name, x in found.items() if x is not None})
-
     def own(self, name, x):
         """One tensor of theirs in our form, or None. A token may have more experts than ours."""
         if axes(name)[0] == "R":
-            return self.takers(name) if word(name) == "tokens" else self.expert_rows(name, x)
-        x = self.unpacked(name, x)
-        if word(name) not in ("chosen", "weights"):
-            return reshaped(x, self.ours[name])
-        if x.numel() % len(self.real):
-            return None
-        x = x.reshape(len(self.real), -1)
-        return x.where(self.real[:, None], -1) if word(name) == "chosen" else x
-
-    def unpacked(self, name, x):
-        """A quantity whose rows are packed, without padding, with padding; others as they are."""
-        shape, flat = self.ours[name].shape, axes(name)[0] == "N"
-        rest = shape[1 if flat else 2:]
-        if "T" in axes(name) or self.real.all() or x.numel() != self.real.sum() * math.prod(rest):
-            return x
-        full = x.new_zeros(len(self.real), *rest)
-        full[self.real] = x.reshape(-1, *rest)
-        return full.reshape(shape)
+            return self.spread(name, x)
+        if word(name) in ("chosen", "weights"):
+            x = x.reshape(len(self.real), -1) if x.numel() % len(self.real) == 0 else None
+            return x if x is None or word(name) == "weights" else x.where(self.real[:, None], -1)
+        x = reshaped(x, self.ours[name])
+        if x is not None and self.interleaved and word(name)[:2] in ("q_", "k_"):
+            return halves(x.view(*x.shape[:2], -1, self.trace.config["head_dim"])).view_as(x)
+        return x
 
     def takers(self, name):
-        """The tokens of an expert: those that chose it, or else those in theirs, or else ours.
+        """The tokens of an expert, (N): those that chose it, or else those in theirs, or ours.
 
         `chosen` comes first because it is what the model computes; the numbers only describe rows.
         """
-        at, expert = name.rpartition("experts")[0], parse(name)[2]
-        chosen, tokens = self.theirs.get(at + "chosen"), f"{at}experts.{expert}.tokens"
-        chosen = None if chosen is None else self.own(at + "chosen", chosen)
+        chosen = self.port.tensors.get(name.partition("experts")[0] + "chosen")
         if chosen is not None:
-            return ((chosen == expert).any(1) & self.real).nonzero()[:, 0]
-        return self.numbered(self.theirs.get(tokens, self.ours[tokens]))[0].unique()
+            return (chosen == parse(name)[2]).any(1)
+        at = name.rpartition(".")[0] + ".tokens"
+        return self.marked(self.theirs.get(at, self.ours[at]))
 
-    def numbered(self, tokens):
-        """The numbers of rows in ascending order, without padding, and where each row stood."""
-        tokens, place = tokens.flatten().long().sort()
-        inside = (tokens >= 0) & (tokens < len(self.real))
-        kept = inside & self.real[tokens.clamp(0, len(self.real) - 1)]
-        return tokens[kept], place[kept]
+    def marked(self, numbers):
+        """Which tokens, (N), have one of these numbers and are no padding."""
+        return torch.isin(torch.arange(len(self.real)), numbers.long()) & self.real
 
-    def expert_rows(self, name, x):
-        """The rows of an expert in the order of its tokens, without padding."""
-        at, takers, rest = name.rpartition(".")[0], self.takers(name), self.ours[name].shape[1:]
-        if x.numel() % math.prod(rest):
+    def spread(self, name, x):
+        """The rows of an expert at their tokens: (R, …) -> (N, …); None if they do not fit."""
+        rest, takers = self.ours[name].shape[1:], self.takers(name).nonzero()[:, 0]
+        if x.numel() % rest.numel():
             return None
-        x = x.reshape(-1, *rest)
-        tokens = self.theirs.get(f"{at}.tokens", takers)
-        numbers, place = self.numbered(tokens)
-        if numbers.equal(takers) and tokens.numel() == len(x):
-            return x[place]
-        if len(x) == len(self.real):  # an expert that ran on all tokens
-            return x[takers]
-        if len(x) == self.real.sum():  # and whose rows are packed
-            return x[(self.real.cumsum(0) - 1)[takers]]
-        return x if len(x) == len(takers) else None
+        x, every = x.reshape(-1, *rest), torch.arange(len(self.real))
+        numbers = self.theirs.get(name.rpartition(".")[0] + ".tokens", takers).flatten().long()
+        kept = torch.isin(numbers, every[self.real])
+        if len(numbers) == len(x) and numbers[kept].sort()[0].equal(takers):
+            x, takers = x[kept], numbers[kept]
+        elif len(x) == len(every) > len(takers):  # an expert that ran on all tokens
+            takers = every
+        return x.new_zeros(len(every), *rest).index_copy_(0, takers, x) if (
+            len(x) == len(takers)) else None
 
     # ------------------------------------------------------------------ what is compared
 
-    def tokens_of(self, name, side):
-        """The tokens of the rows of an expert in ours or in the port's."""
-        at = name.rpartition(".")[0] + ".tokens"
-        return side[at] if at in side else self.takers(name)
+    def tokens(self, name):
+        """Which tokens, (N), have numbers on both sides."""
+        if axes(name)[0] != "R":
+            return self.real
+        return self.takers(name) & self.marked(self.ours[name.rpartition(".")[0] + ".tokens"])
 
-    def rows(self, name):
-        """Rows of ours and of the port, and the token of each; None for the port's if none fit."""
-        ours, theirs = self.ours[name], self.port.tensors.get(name)
-        tokens = torch.arange(len(self.real))
-        if theirs is not None and axes(name)[0] == "R":  # of the tokens that chose it in both
-            tokens, other = (self.tokens_of(name, side) for side in (self.ours, self.port.tensors))
-            ours, theirs = ours[torch.isin(tokens, other)], theirs[torch.isin(other, tokens)]
-            return ours, theirs, tokens[torch.isin(tokens, other)]
-        at = name.replace("weights", "chosen")
-        chosen = self.port.tensors.get(at)
-        if word(name) == "weights" and chosen is not None and theirs is not None and (
-                chosen.shape == theirs.shape):
-            same = self.ours[at][:, :, None] == chosen[:, None]
-            theirs = theirs.gather(1, same.int().argmax(-1))  # in the order in which ours chose
-        if word(name) == "chosen" and theirs is not None:  # as sets
-            ours, theirs = (x.double().sort(-1)[0] for x in (ours, theirs))
+    def rows(self, name, theirs=None):
+        """Rows of ours and of the port, and the token of each; None for the port's if none fit.
+
+        `theirs` takes the place of the port's tensor.
+        """
+        ours, theirs = self.ours[name], self.port.tensors.get(name) if theirs is None else theirs
+        chosen = self.port.tensors.get(name.replace("weights", "chosen"))
         if theirs is None or theirs.shape != ours.shape:
-            return as_rows(ours, axes(name)), None, tokens
-        return as_rows(ours, axes(name)), as_rows(theirs, axes(name)), tokens
+            theirs = None
+        elif word(name) == "chosen":  # as sets
+            ours, theirs = (x.double().sort(-1)[0] for x in (ours, theirs))
+        elif word(name) == "weights" and chosen is not None and chosen.shape == theirs.shape:
+            same = self.ours[name.replace("weights", "chosen")][:, :, None] == chosen[:, None]
+            theirs = theirs.gather(1, same.int().argmax(-1)).where(  # as ours chose
+                same.any(2).all(1, keepdim=True), theirs)
+        keep = self.tokens(name)
+        return (as_rows(ours, axes(name))[keep],
+                None if theirs is None else as_rows(theirs, axes(name))[keep], keep.nonzero()[:, 0])
 
     def limits(self, name, before):
         """The errors that rounding explains: by depth, and after the largest error before."""
-        layer = layer_of(name)
-        depth = self.trace.config["num_hidden_layers"] if layer is None else layer
-        depth = 0 if word(name) == "embed_tokens" else depth
+        last, depth, _ = parse(name)
+        depth = self.trace.config["num_hidden_layers"] if depth is None else depth
+        depth = 0 if last == "embed_tokens" else depth
         return self.rounding * math.sqrt(depth + 1), max(self.rounding, JUMP * before)
 
     def skipped(self, last=None, name=None):
@@ -257,7 +227,7 @@ class Pair:
         start = self.order.index(last) + 1 if last else 1
         return [n for n in self.order[start:self.order.index(name) if name else None]
                 if word(n) not in ("margin", "tokens") and n not in self.theirs
-                and not (self.trace.chunk and "T" in axes(n))]  # a cache may have any order
+                and not (self.trace.calls and "T" in axes(n))]  # a cache may have any order
 
     def unknown(self):
         """Names in theirs that are not ours, except weights."""

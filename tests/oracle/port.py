@@ -77,22 +77,19 @@ def run(ours, dtype=torch.float64, wrong=None, weights=None, buffer=None, left=F
     """
     tokens, lengths = ours.tensors["tokens"], torch.tensor(ours.lengths)
     model, cache, seen = model_of(ours, dtype, weights), None, {}
-    calls = ours.calls or [[n] * len(tokens) for n in split(tokens.shape[1], ours.chunk)]
     first, original = ours.first_position, mixtral.rotation
     far = {"rotation": lambda positions, d, theta: original(positions + first, d, theta)}
     start = torch.zeros_like(lengths)
     with replaced({"Attention.attend": staticmethod(attend)} | (far if first else {})
                   | (wrong or {})), torch.inference_mode():
-        if ours.chunk:
-            cache = model.new_cache(len(tokens), 99, ours.chunk)
+        if ours.calls:
+            cache = model.new_cache(len(tokens), 99, max(map(max, ours.calls)))
             if buffer:
                 cache = mixtral.Cache(cache.keys[:, :, :buffer], cache.values[:, :, :buffer],
-                                      cache.positions[:, :buffer], 99, ours.chunk)
-        for now.call, sizes in enumerate(calls):
+                                      cache.positions[:, :buffer], 99, cache.chunk)
+        for now.call, sizes in enumerate(ours.calls or [ours.lengths]):
             now.start, now.sizes, now.lengths = start, torch.tensor(sizes), lengths
             kept.clear()
-            if not ours.calls and not ours.chunk:
-                now.sizes = lengths
             shift = max(sizes) - now.sizes if left else 0 * start
             column = start[:, None] + torch.arange(max(sizes)) - shift[:, None]
             read = tokens.gather(1, column.clamp(0, tokens.shape[1] - 1))
@@ -107,16 +104,11 @@ def run(ours, dtype=torch.float64, wrong=None, weights=None, buffer=None, left=F
         if axes(name)[0] == "R" and rows:
             seen[name] = torch.stack([*rows.values()])
             seen[name.rpartition(".")[0] + ".tokens"] = torch.tensor([*rows])
-    if not ours.chunk and not left:
+    if not ours.calls and not left:
         for n, both in enumerate(kept):
             for last, x in zip(("scores", "probabilities"), both, strict=True):
                 seen[f"model.layers.{n}.self_attn.{last}"] = x
     return {"tokens": tokens} | {name: x.clone() for name, x in seen.items()}
-
-
-def split(S, chunk):
-    """The sizes of the calls for S tokens."""
-    return [min(chunk, S - at) for at in range(0, S, chunk)] if chunk else [S]
 
 
 def collect(seen, found, start, sizes, shift, tokens):
@@ -141,8 +133,6 @@ def collect(seen, found, start, sizes, shift, tokens):
             full.view(B, S, *x.shape[2:])[at] = x[row, column + shift[row]]
 
 
-def known(path, chunk=0):
-    """Our side of a golden file, with the tokens per call that a port reads."""
-    return pair.read_trace(path, None, chunk)[0]
-
-
+def known(path):
+    """Our side of a golden file."""
+    return pair.read_trace(path)[0]

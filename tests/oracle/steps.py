@@ -7,7 +7,6 @@ that of the layer before only with the weights.
 """
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -16,12 +15,16 @@ from reference import word
 from torch import Tensor
 from torch.nn import functional as F
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "q_rotated", "k_rotated", "scores", "probabilities",
-             "mixed", "o_proj")
+NAMES = {last: f"model.layers.{{layer}}.{group}{last}" for group, words in {
+    "": "input_layernorm residual post_attention_layernorm block_sparse_moe",
+    "self_attn.": "q_proj k_proj v_proj q_rotated k_rotated scores probabilities mixed o_proj",
+    "block_sparse_moe.": "gate chosen weights",
+    "block_sparse_moe.experts.{expert}.": "w1 w3 hidden w2"}.items() for last in words.split()} | {
+    "embed_tokens": "model.embed_tokens", "layer": "model.layers.{layer}", "norm": "model.norm",
+    "lm_head": "lm_head"}
 NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w3", "w2", "lm_head")
 NEGLIGIBLE = 104  # e^−104 is 0 in float32 and vanishes beside 1 in float64
-ROUTER, EXPERT = ("gate", "chosen", "weights"), ("tokens", "w1", "w3", "hidden", "w2")
 
 
 class MissingError(LookupError):
@@ -29,15 +32,15 @@ class MissingError(LookupError):
 
 
 class Trace(NamedTuple):
-    """What is known about one side."""
+    """What is known about one side. The rows of an expert are spread over all tokens, (N, …)."""
 
     tensors: dict
     config: dict
     weights: dict  # may be empty
-    chunk: int  # tokens per call of the port; 0 if unknown
+    dtype: torch.dtype  # in which the tensors were written
     first_position: int
     lengths: list  # real tokens per row
-    calls: list = None  # real tokens per call and row, if the rows of a call are ragged
+    calls: list  # for each call the tokens that each row reads; empty if one call reads all
 
 
 class Calls(NamedTuple):
@@ -51,34 +54,28 @@ class Calls(NamedTuple):
 
 def calls_of(trace):
     """The Calls of the port in a list, which is empty if all tokens are read at once."""
-    B, S = trace.tensors["tokens"].shape
-    if not trace.chunk:
-        return []
-    rows, parts = [[trace.chunk] * (S // trace.chunk)] * B, []
-    rows = zip(*trace.calls, strict=True) if trace.calls else rows
-    for sizes in rows:  # the rest of a row is the last call
+    S, parts = trace.tensors["tokens"].shape[1], []
+    for sizes in zip(*trace.calls, strict=True):  # of one row; the padding is one more call
         sizes = torch.tensor([*sizes, S - sum(sizes)])
         end, number = sizes.cumsum(0), torch.arange(len(sizes)).repeat_interleave(sizes)
         parts.append(torch.stack((number, (end - sizes)[number], end[number])))
-    return [Calls(*torch.stack(parts, 1), trace.chunk)]
+    return [Calls(*torch.stack(parts, 1), max(map(max, trace.calls)))] if parts else []
 
 
-class Pairing(NamedTuple):
-    """How the two features of each pair are taken from a head and put back."""
-
-    take: Callable
-    put: Callable
+def halves(x):
+    """The features of heads with the pairs (2i, 2i + 1) moved to (i, i + d/2)."""
+    return torch.cat((x[..., ::2], x[..., 1::2]), -1)
 
 
-HALVES = Pairing(lambda x: x.chunk(2, -1), lambda a, b: torch.cat((a, b), -1))
-NEIGHBOURS = Pairing(lambda x: (x[..., ::2], x[..., 1::2]),
-                     lambda a, b: torch.stack((a, b), -1).flatten(-2))
+def neighbours(x):
+    """The features of heads with the pairs (i, i + d/2) moved to (2i, 2i + 1)."""
+    return torch.stack(x.chunk(2, -1), -1).flatten(-2)
 
 
-def turn(x, cos, sin, take=HALVES, put=HALVES):
+def turn(x, cos, sin):
     """The pairs (a, b) of each head as (a·cos − b·sin, b·cos + a·sin)."""
-    a, b = take.take(x)
-    return put.put(a * cos - b * sin, b * cos + a * sin)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def unit(x, eps):
@@ -151,21 +148,12 @@ class Place:
         self.A, self.E = self.config["num_experts_per_tok"], self.config["num_local_experts"]
         self.eps = self.config["rms_norm_eps"]
 
-    def name(self, last=None, expert=None, layer=None):
+    def name(self, last=None, expert=None):
         """The name of another quantity, by default in the same layer and of the same expert."""
-        last, layer = last or self.word, self.layer if layer is None else layer
-        expert = self.expert if expert is None else expert
         if last == "stream":
-            return f"model.layers.{layer - 1}" if layer else "model.embed_tokens"
-        if last in ("embed_tokens", "norm"):
-            return f"model.{last}"
-        if last == "lm_head":
-            return last
-        at = f"model.layers.{layer}"
-        if last in EXPERT:
-            return f"{at}.block_sparse_moe.experts.{expert}.{last}"
-        group = "self_attn." * (last in ATTENTION) + "block_sparse_moe." * (last in ROUTER)
-        return at if last == "layer" else f"{at}.{group}{last}"
+            return f"model.layers.{self.layer - 1}" if self.layer else "model.embed_tokens"
+        return NAMES[last or self.word].format(
+            layer=self.layer, expert=self.expert if expert is None else expert)
 
     def inputs(self):
         """The names of the quantities from which this one is computed; any expert may be chosen."""
@@ -199,8 +187,8 @@ class Place:
     def source(self, last=None):
         """The input of a norm or a linear layer, or another quantity in its place."""
         x = self[last or STEPS[self.word][0][0]]
-        x = x.flatten(0, 1)[self["tokens"]] if self.word in ("w1", "w3") else x
-        return x.flatten(0, 1) if self.word == "gate" else x.flatten(2) if x.ndim == 4 else x
+        return x.flatten(0, 1) if self.word in ("gate", "w1", "w3") else (
+            x.flatten(2) if x.ndim == 4 else x)
 
     def product(self, weight=None, x=None, scale=unit):
         """x·Wᵀ, or in a norm the scaled x times its weight; by default with its own."""
@@ -225,9 +213,9 @@ class Place:
     def unrotated(self):
         return self.heads(self.word.replace("_rotated", "_proj"))
 
-    def rotated(self, angle=None, x=None, **pairing):
+    def rotated(self, angle=None, x=None):
         angle = self.angles() if angle is None else angle
-        return turn(self.unrotated() if x is None else x, angle.cos(), angle.sin(), **pairing)
+        return turn(self.unrotated() if x is None else x, angle.cos(), angle.sin())
 
     def visible(self, first=None, last=None):
         """The mask (B, S, T) in which query i sees the keys first … last; Mixtral's by default."""
@@ -284,7 +272,8 @@ class Place:
         for e in experts_in(chosen):
             token, rank = torch.where(chosen == e)
             share = weights[origin(token) if origin else token, rank, None]
-            add(y, 0, target(token) if target else token, share * self.run[self.name("w2", e)])
+            rows = share * self.run[self.name("w2", e)][token]
+            add(y, 0, target(token) if target else token, rows)
         return y.view_as(self["residual"])
 
 
@@ -305,12 +294,11 @@ STEPS = {  # the inputs of each quantity, and its function
     "gate": (("post_attention_layernorm",), Place.product),
     "chosen": (("gate",), Place.choose),
     "weights": (("gate", "chosen"), Place.shares),
-    "tokens": (("chosen",), lambda p: torch.where(p["chosen"] == p.expert)[0]),
-    "w1": (("post_attention_layernorm", "tokens"), Place.product),
-    "w3": (("post_attention_layernorm", "tokens"), Place.product),
+    "w1": (("post_attention_layernorm",), Place.product),
+    "w3": (("post_attention_layernorm",), Place.product),
     "hidden": (("w1", "w3"), lambda p: F.silu(p["w1"]) * p["w3"]),
     "w2": (("hidden",), Place.product),
-    "block_sparse_moe": (("weights", "w2"), Place.mixture),
+    "block_sparse_moe": (("chosen", "weights", "w2"), Place.mixture),
     "layer": (("residual", "block_sparse_moe"), lambda p: p["residual"] + p["block_sparse_moe"]),
     "norm": (("stream",), Place.product),
     "lm_head": (("norm",), Place.product)}
