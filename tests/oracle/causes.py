@@ -424,17 +424,6 @@ WEIGHTS = {
         lambda p: p.shares().gather(1, p["chosen"].argsort(1).argsort(1))}
 
 
-def weight_inside(p, theirs):
-    """The routing weight inside an expert, and perhaps also in the sum."""
-    def weighted(p):
-        return p.plain() * (p["weights"] * (p["chosen"] == p.expert)).sum(1, keepdim=True)
-    words = ("w1", "w3") if p.word in ("w1", "w3") else (p.word,)
-    inside, text = dict.fromkeys(words, weighted), " and ".join(words)
-    yield (f"the routing weight multiplies {text} instead of the terms of the sum", inside | {
-        "block_sparse_moe": lambda p: p.mixture(torch.ones_like(p["weights"]))})
-    yield f"the routing weight multiplies {text} and also the terms of the sum", inside
-
-
 ACTIVATIONS = {
     "silu": F.silu, "gelu": F.gelu, "gelu with tanh": lambda g: F.gelu(g, approximate="tanh"),
     "relu": torch.relu, "relu²": lambda g: g.relu().square(), "a sigmoid": torch.sigmoid,
@@ -463,30 +452,9 @@ MIXTURES = {text: lambda p, f=f: p.mixture(f(p)) for text, f in WEIGHTS.items()}
         lambda p: p.mixture(target=lambda token: torch.arange(len(token))),
     "the output of an expert overwrites that of earlier ones":
         lambda p: p.mixture(add=Tensor.index_copy_),
-    "all experts are used, weighted by a softmax over all": lambda p: torch.einsum(
-        "ne,ned->nd", p["gate"].softmax(-1), all_outputs(p)).view_as(p["residual"])}
-
-
-def all_outputs(p):
-    """The output of every expert for every token, (N, E, D)."""
-    x = p["post_attention_layernorm"].flatten(0, 1)
-    return torch.stack([(F.silu(x @ p.weight("w1", e).T) * (x @ p.weight("w3", e).T))
-                        @ p.weight("w2", e).T for e in range(p.E)], 1)
-
-
-def read_mixture(p, theirs):
-    """The weights of all experts in the port's sum, fitted for each token."""
-    if theirs is not None and theirs.isfinite().all() and p.E < theirs.shape[-1]:
-        outputs, chosen = all_outputs(p), p["chosen"]
-        usual = torch.zeros_like(p["gate"]).scatter_(
-            1, chosen.clamp(min=0), p["weights"] * (chosen >= 0))
-        found = torch.linalg.lstsq(outputs.mT, theirs.reshape(len(usual), -1, 1)).solution[..., 0]
-        found = found.where((found - usual).abs() > 1e-4, usual).where(found.abs() > 1e-6, 0.0)
-        text = listed(f"{found[n, e]:.4g} instead of {usual[n, e]:.4g} for expert {e} at token "
-                      f"{n % p.S}" for n, e in (found != usual).nonzero().tolist())
-        if text:
-            yield f"{READ}the weights of the sum are {text}", lambda p: torch.einsum(
-                "ne,ned->nd", found, outputs).view_as(p["residual"])
+    "all experts are used, weighted by a softmax over all": lambda p: sum(
+        p["gate"].softmax(-1)[:, e, None] * p.run[p.name("w2", e)] for e in range(p.E)).view_as(
+            p["residual"])}
 
 
 QK = "q_rotated k_rotated"
@@ -500,9 +468,7 @@ GUESSES = [  # the quantities, and what is guessed about them
     ("scores mixed", HEADS), ("probabilities", SOFTMAX), ("probabilities", visible_keys),
     ("mixed", VALUES), ("mixed", read_padding), ("residual", sums),
     ("layer", sums), ("chosen", CHOICES), ("chosen", ranks),
-    ("weights", WEIGHTS), ("w1", weight_inside), ("hidden", weight_inside),
-    ("w2", weight_inside), ("hidden", activations),
-    ("block_sparse_moe", MIXTURES), ("block_sparse_moe", read_mixture),
+    ("weights", WEIGHTS), ("hidden", activations), ("block_sparse_moe", MIXTURES),
     *((name, guess) for name in STEPS for guess in (factors, rounded)
       if name not in ("chosen", "tokens")),
     ("q_proj k_proj v_proj", factors), (" ".join(NORMS), factors)]

@@ -43,7 +43,7 @@ UNFIT = (LookupError, RuntimeError)  # what a step raises if it cannot be comput
 
 def parts(pair, name, x):
     """Rows (n, …) with the heads and their features apart, and a letter for each later axis."""
-    letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")]
+    letters = [a for a in axes(name) if a not in ("B", "S", "N", "R")] or ["taken"]
     if letters and "·" in letters[-1]:
         x = x.unflatten(-1, (-1, pair.trace.config["head_dim"]))
         letters = letters[-1].split("·")
@@ -63,7 +63,8 @@ def describe_place(pair, name, ours, theirs, tokens):
     size, a, b = (parts(pair, name, x)[0][place] for x in (distance(ours, theirs), ours, theirs))
     row, token = divmod(int(tokens[place[0]]), pair.S)
     words = [f"row {row}, token {token}", *(
-        f"{LABELS[letter]} {n}" for letter, n in zip(letters, place[1:], strict=True))]
+        f"{LABELS[letter]} {n}" for letter, n in zip(letters, place[1:], strict=True)
+        if letter in LABELS)]
     return (f"The largest difference is {size:.3g}, at {', '.join(words)}: ours {a:.6g}, theirs "
             f"{b:.6g}.")
 
@@ -152,7 +153,7 @@ class Prover:
 
     @functools.cached_property
     def wrong(self):
-        return [name for name in self.port.tensors if name != "tokens" and self.fails(name)]
+        return [name for name in self.port.tensors if word(name) in STEPS and self.fails(name)]
 
     def leave_out(self, last):
         """Compute a quantity by our steps in all layers, because the port has another layout."""
@@ -220,7 +221,8 @@ class Prover:
         """The guesses that explain a quantity, as (text, remaining error, changes)."""
         with contextlib.suppress(*UNFIT):  # what is right as it is has no cause
             limit = min(limit, self.error(name, None, bad) / NEARER)
-        for text, changes in self.guesses(name) if name in self.pair.port.tensors else ():
+        known = word(name) in STEPS and name in self.pair.port.tensors
+        for text, changes in self.guesses(name) if known else ():
             with contextlib.suppress(*UNFIT):
                 if (error := self.error(name, changes, bad)) <= limit:
                     yield text, error, changes
@@ -243,7 +245,9 @@ class Prover:
         A step is spoilt if it is right as it is and would be wrong with the changes.
         """
         same, rest, spoilt = [], [], []
-        for other in self.port.tensors.keys() - {"tokens", name}:
+        for other in self.port.tensors.keys() - {name}:
+            if word(other) not in STEPS:
+                continue
             lacking = Run(without(self.port, other)).lacking(other)
             touched = any({n, parse(n)[0]} & changes.keys() for n in lacking)
             wrong = other in self.wrong
@@ -301,7 +305,7 @@ class Comparison:
             explain = self.difference(name)
             self.compared += 1
             if explain is None:
-                self.equal += [name] if word(name) != "tokens" else []
+                self.equal.append(name)
             elif self.first is None and self.is_layout(name):
                 self.layouts[name] = self.described(name)
             else:
@@ -313,8 +317,7 @@ class Comparison:
 
     def difference(self, name):
         """None if a tensor is equal, else a function that returns sentences about it."""
-        return {"chosen": self.choices, "tokens": self.numbering}.get(
-            word(name), self.numbers)(name)
+        return self.choices(name) if word(name) == "chosen" else self.numbers(name)
 
     def numbers(self, name):
         """`difference` for a tensor of numbers."""
@@ -354,27 +357,6 @@ class Comparison:
         elif theirs.numel() * len(self.pair.real) == ours.numel() * self.pair.real.sum():
             lines.append("It lacks the padding. Write rows of the same length.")
         return lines + self.cause(name, torch.ones_like(self.pair.real), self.pair.rounding)
-
-    def numbering(self, name):
-        """`difference` for the numbers of the rows of an expert: those that chose it.
-
-        If theirs has no choices, those that chose it in ours; near ties are flips.
-        """
-        pair, at = self.pair, name.partition("experts")[0]
-        known, numbers = at + "chosen" in pair.port.tensors, pair.theirs[name].flatten().long()
-        want = pair.takers(name) if known else pair.marked(pair.ours[name])
-        own = pair.marked(numbers)
-        off = (own ^ want) & (not own.equal(pair.real))  # an expert may run on all tokens
-        near = self.tainted if known else self.tainted | (
-            self.margin(at + "gate") < self.allowed(at + "gate"))
-        valid = len(numbers.unique()) == len(numbers) and numbers.unique().equal(
-            numbers.clamp(0, len(own) - 1).unique())
-        if valid and not (off & ~near).any():
-            self.tainted |= off
-            return None
-        return lambda: [f"It has the tokens {numbers.tolist()}, but those that chose the expert "
-                        f"are {want.nonzero()[:, 0].tolist()}. Number tokens over all calls, from "
-                        "0; no expert drops a token."]
 
     # -------------------------------------------------------------- layouts
 
@@ -446,7 +428,8 @@ class Comparison:
     def hidden_flips(self, name, bad):
         """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
         at = name.partition(".block")[0] + ".block_sparse_moe"
-        if word(name) not in ("layer", "block_sparse_moe") or f"{at}.chosen" in self.pair.theirs:
+        known = f"{at}.chosen" in self.pair.theirs
+        if known or word(name) not in ("layer", "block_sparse_moe", "tokens"):
             return False
         margin = self.margin(f"{at}.gate")
         if (margin >= self.allowed(f"{at}.gate"))[bad].any() or (
@@ -501,6 +484,8 @@ class Comparison:
             return ["Cause: no single operation. The error drifts: it grew without a jump, as "
                     "lower precision inside the port makes it grow; --all lists it."]
         lines = [f"Cause: not found. The largest error before it is {self.largest:.2g}."]
+        if word(name) == "tokens":
+            lines.append("Number tokens over all calls, from 0; no expert drops a token.")
         if not self.pair.trace.weights:
             lines.append("Most causes need the weights. Give the directory of the model with "
                          "--model.")

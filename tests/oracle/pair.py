@@ -93,6 +93,11 @@ def row_errors(ours, theirs):
     return found.masked_fill((masked & ~hidden).any(1), math.inf).nan_to_num(math.inf, math.inf)
 
 
+def chosen_of(name):
+    """The name of the choices of the layer to which an expert belongs."""
+    return name.partition("experts")[0] + "chosen"
+
+
 class Pair:
     """Both traces: `theirs` as the port wrote it, `port` in our shapes and order in float64."""
 
@@ -114,8 +119,8 @@ class Pair:
         self.port = self.trace._replace(
             tensors={"tokens": self.ours["tokens"]}, dtype=self.dtype)
         for name in self.shared:  # the choices of a layer before its experts, which need them
-            if word(name) != "tokens" and (x := self.own(name, self.theirs[name])) is not None:
-                self.port.tensors[name] = x.double() if x.is_floating_point() else x.long()
+            if (x := self.own(name, self.theirs[name])) is not None:
+                self.port.tensors[name] = x.long() if word(name) in WHOLE else x.double()
 
     def check(self, path):
         """Raises IncomparableError if the names or the tokens are not ours."""
@@ -148,6 +153,8 @@ class Pair:
 
     def own(self, name, x):
         """One tensor of theirs in our form, or None. A token may have more experts than ours."""
+        if word(name) == "tokens":  # an expert may run on all tokens
+            return self.takers(name) if self.marked(x).equal(self.real) else self.marked(x)
         if axes(name)[0] == "R":
             return self.spread(name, x)
         if word(name) in ("chosen", "weights"):
@@ -163,7 +170,7 @@ class Pair:
 
         `chosen` comes first because it is what the model computes; the numbers only describe rows.
         """
-        chosen = self.port.tensors.get(name.partition("experts")[0] + "chosen")
+        chosen = self.port.tensors.get(chosen_of(name))
         if chosen is not None:
             return (chosen == parse(name)[2]).any(1)
         at = name.rpartition(".")[0] + ".tokens"
@@ -192,7 +199,7 @@ class Pair:
 
     def tokens(self, name):
         """Which tokens, (N), have numbers on both sides."""
-        if axes(name)[0] != "R":
+        if axes(name)[0] != "R" or word(name) == "tokens":
             return self.real
         return self.takers(name) & self.marked(self.ours[name.rpartition(".")[0] + ".tokens"])
 
@@ -203,7 +210,11 @@ class Pair:
         """
         ours, theirs = self.ours[name], self.port.tensors.get(name) if theirs is None else theirs
         chosen = self.port.tensors.get(name.replace("weights", "chosen"))
-        if theirs is None or theirs.shape != ours.shape:
+        if word(name) == "tokens":  # 1 for those of the expert and −1 for others
+            known = chosen_of(name) in self.port.tensors
+            ours = self.takers(name) if known else self.marked(ours)
+            ours, theirs = (2.0 * x[:, None] - 1 for x in (ours, theirs))
+        elif theirs is None or theirs.shape != ours.shape:
             theirs = None
         elif word(name) == "chosen":  # as sets
             ours, theirs = (x.double().sort(-1)[0] for x in (ours, theirs))

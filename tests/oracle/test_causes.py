@@ -20,7 +20,6 @@ from seeds import (
     copied,
     even_odd,
     frequencies,
-    inside,
     interleaved,
     rows_of_heads,
     scaled,
@@ -29,6 +28,7 @@ from seeds import (
 from steps import STEPS, Run, parse
 from torch.nn import functional as F
 
+import mixtral
 from convert import write_safetensors
 
 AT = "model.layers.0."
@@ -345,13 +345,25 @@ def other_features(weights):
     return found
 
 
+def weights_inside(self, x):
+    """SparseMoE.forward with the routing weights in the experts instead of in the sum."""
+    tokens = x.flatten(0, 1)
+    weights, chosen = mixtral.route(self.gate(tokens), self.top_k)
+    y = torch.zeros_like(tokens)
+    for e in sorted(set(chosen.flatten().tolist())):
+        token, rank = torch.where(chosen == e)
+        w, expert, rows = weights[token, rank, None].to(x), self.experts[e], tokens[token]
+        y.index_add_(0, token, expert.w2(F.silu(expert.w1(rows)) * expert.w3(rows) * w))
+    return y.view(x.shape)
+
+
 LAYOUTS = [
     (turned(take=even_odd, put=interleaved), rows_of_heads((2, 2)), "q_proj"),
     (turned(put=interleaved), None, "q_rotated"),
     ({"score": lambda q, k: q @ k.mT}, scaled_queries, "q_proj"),
     ({}, folded_norms, "input_layernorm"), ({}, other_experts, "gate"),
     ({}, other_heads, "q_proj"), ({}, other_features, "v_proj"),
-    (inside("hidden"), None, "hidden"),
+    ({"SparseMoE.forward": weights_inside}, None, "hidden"),
     ({"score": lambda q, k: port.score(q, k) + 3.0}, None, "scores"),
     ({"score": lambda q, k: port.score(q, k) / math.log(2),
       "softmax": lambda s: (s * math.log(2)).softmax(-1)}, None, "scores")]
