@@ -453,8 +453,14 @@ MIXTURES = {text: lambda p, f=f: p.mixture(f(p)) for text, f in WEIGHTS.items()}
     "the output of an expert overwrites that of earlier ones":
         lambda p: p.mixture(add=Tensor.index_copy_),
     "all experts are used, weighted by a softmax over all": lambda p: sum(
-        p["gate"].softmax(-1)[:, e, None] * p.run[p.name("w2", e)] for e in range(p.E)).view_as(
+        p["gate"].softmax(-1)[:, e, None] * expert_output(p, e) for e in range(p.E)).view_as(
             p["residual"])}
+
+
+def expert_output(p, e):
+    """The output of an expert for every token, (N, D); a trace has that of some tokens only."""
+    x = p["post_attention_layernorm"].flatten(0, 1)
+    return (F.silu(x @ p.weight("w1", e).T) * (x @ p.weight("w3", e).T)) @ p.weight("w2", e).T
 
 
 QK = "q_rotated k_rotated"

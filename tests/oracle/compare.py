@@ -546,7 +546,8 @@ def verdict(pair, found, args):
     if found.first is not None:
         yield from describe_difference(pair, found)
         return
-    name, error = max(found.errors.items(), key=lambda x: x[1], default=("none", 0.0))
+    name, error = max(((n, e) for n, e in found.errors.items() if n not in found.layouts),
+                      key=lambda x: x[1], default=("none", 0.0))
     yield (f"Equal within {dtype} rounding. The largest error is {error:.2g}, in {name}. "
            f"Routing flips: {len(found.flips)}.")
 

@@ -119,8 +119,9 @@ class Pair:
         self.port = self.trace._replace(
             tensors={"tokens": self.ours["tokens"]}, dtype=self.dtype)
         for name in self.shared:  # the choices of a layer before its experts, which need them
-            if (x := self.own(name, self.theirs[name])) is not None:
-                self.port.tensors[name] = x.long() if word(name) in WHOLE else x.double()
+            x = self.theirs[name].to(torch.int64 if word(name) in WHOLE else torch.float64)
+            if (x := self.own(name, x)) is not None:
+                self.port.tensors[name] = x
 
     def check(self, path):
         """Raises IncomparableError if the names or the tokens are not ours."""
@@ -140,7 +141,7 @@ class Pair:
                                         f"{'I64' if whole else 'F64, F32, F16 or BF16'}")
             x, E = self.theirs[name], self.trace.config["num_local_experts"]
             if word(name) == "chosen" and x.numel() % len(self.real) == 0:
-                x = x.reshape(len(self.real), -1)[self.real]
+                x = x.reshape(len(self.real), -1)[self.real].long()
                 if ((x < 0) | (x >= E)).any():
                     raise IncomparableError(f"{path}: {name} has experts from {x.min()} to "
                                             f"{x.max()}; count them from 0 to {E - 1}")
@@ -153,8 +154,9 @@ class Pair:
 
     def own(self, name, x):
         """One tensor of theirs in our form, or None. A token may have more experts than ours."""
-        if word(name) == "tokens":  # an expert may run on all tokens
-            return self.takers(name) if self.marked(x).equal(self.real) else self.marked(x)
+        if word(name) == "tokens":
+            found = self.marked(x)
+            return self.takers(name) if found.equal(self.real) else found
         if axes(name)[0] == "R":
             return self.spread(name, x)
         if word(name) in ("chosen", "weights"):
@@ -166,19 +168,21 @@ class Pair:
         return x
 
     def takers(self, name):
-        """The tokens of an expert, (N): those that chose it, or else those in theirs, or ours.
+        """The tokens of an expert, (N): those that chose it, or else those in theirs.
 
         `chosen` comes first because it is what the model computes; the numbers only describe rows.
+        If an expert ran on all tokens, they do not say which chose it, so ours count.
         """
         chosen = self.port.tensors.get(chosen_of(name))
         if chosen is not None:
             return (chosen == parse(name)[2]).any(1)
         at = name.rpartition(".")[0] + ".tokens"
-        return self.marked(self.theirs.get(at, self.ours[at]))
+        found = self.marked(self.theirs.get(at, self.ours[at]))
+        return self.marked(self.ours[at]) if found.equal(self.real) else found
 
     def marked(self, numbers):
         """Which tokens, (N), have one of these numbers and are no padding."""
-        return torch.isin(torch.arange(len(self.real)), numbers.long()) & self.real
+        return torch.isin(torch.arange(len(self.real)), numbers) & self.real
 
     def spread(self, name, x):
         """The rows of an expert at their tokens: (R, …) -> (N, …); None if they do not fit."""
