@@ -77,7 +77,8 @@ def is_layer(name):
 
 
 @pytest.mark.parametrize("kept, seeds", [
-    (is_layer, SEEDS[2::20] + [seed for seed in SEEDS if "smallest" in seed[1]]), (lambda name: name in ("tokens", "lm_head"), [
+    (is_layer, SEEDS[2::20] + [seed for seed in SEEDS if "smallest" in seed[1]]),
+    (lambda name: name in ("tokens", "lm_head"), [
         seed for seed in SEEDS if "multiplied by 2" in seed[1]])], ids=["layers", "logits"])
 def test_most_errors_are_named_from_coarse_traces(kept, seeds, verdict):
     """From the outputs of layers only or the logits only. Some seeds are enough."""
