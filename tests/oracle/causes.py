@@ -414,6 +414,8 @@ WEIGHTS = {
     "only the first expert is used": lambda p: 1.0 * (torch.arange(p.A) == 0) + 0 * p.shares(),
     "only the first expert is used, with its weight":
         lambda p: (torch.arange(p.A) == 0) * p.shares(),
+    "only the last of the chosen experts is used, with its weight":
+        lambda p: (torch.arange(p.A) == p.A - 1) * p.shares(),
     "a sigmoid takes the place of the softmax": lambda p: p.chosen_logits().sigmoid(),
     "a normalised sigmoid takes the place of the softmax":
         lambda p: F.normalize(p.chosen_logits().sigmoid(), p=1, dim=1),
