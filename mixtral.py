@@ -16,7 +16,7 @@ In the shapes of this repository, each letter has one meaning:
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
     S       tokens per row in one call                -                             -
-    T       keys per row that queries can attend to   -                             -
+    T       keys per row, before the mask             -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
     D       width of a hidden state                   hidden_size                4096
@@ -33,10 +33,10 @@ In the shapes of this repository, each letter has one meaning:
     G       weights that share a scale (in fast/)     -                             -
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
-million. Eight experts in each of 32 layers make 45.1 billion, attention adds 1.3 and the embedding
-and output matrices 2·V·D = 0.3 billion, together 46.7, and not the 8 · 7 = 56 of the name, because
-only the experts exist eight times. With two experts the sum is 12.9 billion. A token reads all of
-them but the embedding, of which one row is enough: 12.75 billion weights, or 25.5 GB in bfloat16.
+million. Eight experts in each of 32 layers make 45.1 billion. Attention adds 1.3 billion, embedding
+and output matrix 2·V·D = 0.3 billion. This is 46.7 billion, not the 8 · 7 = 56 of the name, because
+only the experts exist eight times. With two experts per layer it is 12.9 billion. Of these a token
+reads all but the embedding, where one row is enough: 12.75 billion, or 25.5 GB in bfloat16.
 
 Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
@@ -44,7 +44,7 @@ Precision: all is computed in, and rounded to, the dtype of the weights, such as
     RMSNorm, before it multiplies by its weight   at least float32       dtype of the weights
     rotation of queries and keys                  at least float32       dtype of the weights
     cosine and sine of the rotation               float64, on the CPU    at least float32
-    scores and softmax of attention, by PyTorch   at least float32       PyTorch's choice
+    scores and softmax of attention, by PyTorch   at least float32       as PyTorch decides
     softmax of the router                         at least float32       not rounded
     weighted sum over experts                     at least float32       dtype of the weights, once
     logits                                        dtype of the weights   then widened to float32
@@ -114,8 +114,8 @@ def route(logits, top_k):
     logits (N, E) -> (N, A), (N, A)
 
     The weights are Softmax(TopK(logits)), the largest first, so they sum to one. `transformers`
-    takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the A largest by their
-    sum. This is the same, because Z cancels: (exp(zᵢ)/Z) / (Σⱼ exp(zⱼ)/Z) = exp(zᵢ) / Σⱼ exp(zⱼ).
+    takes the softmax over all E experts, which is exp(zᵢ)/Z for logit zᵢ, and divides the results
+    of the chosen experts by their sum. This is the same, because the common divisor Z cancels.
 
     Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
 
@@ -219,8 +219,8 @@ def rotate(x, cos, sin):
 
     For keys, K takes the place of H. Positions enter the product of a rotated query and a rotated
     key only by their distance. The released code pairs x[2i] with x[2i + 1] instead, so convert.py,
-    like Hugging Face, reorders the rows of Mistral's q_proj and k_proj to put these pairs d/2
-    apart, which leaves q·k as it was; without that the model would compute nonsense.
+    like Hugging Face, reorders the rows of Mistral's q_proj and k_proj. The features of a pair then
+    lie d/2 apart, and q·k is as it was. In the old order the model would compute nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -232,7 +232,7 @@ def visible(queries, keys, window):
     queries (B, S), keys (B, T) -> (B, S, T)
 
     A query sees at most W keys, its own included, or all j ≤ i if W is None, as in 8x7B. Because
-    positions are compared, keys can be in any order, as in the cache, whose empty slots have −1.
+    positions are compared, keys can be in any order, as in Cache, which gives empty slots a −1.
 
     Difference: the released `moe_one_file_ref.py` lets the queries of a prompt see W + 1 keys.
 
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All but the output projection; a cache stores only the lengths[b] real tokens of row b.
+    """All but the output projection. Only the first lengths[b] tokens of row b are real and cached.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         positions = key_positions = torch.arange(S).expand(B, S)
         if cache is not None:
             positions = positions + cache.tokens_read[:, None]
-            key_positions = cache.reserve(positions, lengths)  # (B, T); those of all stored keys
+            key_positions = cache.reserve(positions, lengths)  # (B, T), of all keys in the cache
         x = self.embed_tokens(tokens)  # (B, S, D)
         turns = rotation(positions, c.head_dim, c.rope_theta)
         cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in turns)
@@ -409,7 +409,7 @@ class Cache:
         return self.positions.amax(dim=1) + 1
 
     def reserve(self, positions, lengths):
-        """Choose slots for a chunk, which `update` then fills; returns the positions of all keys.
+        """Choose the slots that `update` will fill with a chunk; returns the positions of all keys.
 
         positions (B, S), lengths (B) -> (B, T)
         """
