@@ -79,22 +79,13 @@ def beside(request):
 
 
 @pytest.fixture
-def verdict(tmp_path, capsys, monkeypatch):
+def verdict(tmp_path, capsys):
     """A function that runs tests/oracle/compare.py and returns its exit code and its text.
 
-    Ours is the name of a golden file or a path, theirs a dict of tensors or a path. Golden files
-    are read once, to save time.
+    Ours is the name of a golden file or a path, theirs a dict of tensors or a path.
     """
     import compare  # here, because it needs the paths that pytest sets
     import golden
-    import pair
-
-    def read_once(path, original=pair.read_file):
-        if path.parent == golden.HERE and path not in GOLDEN:
-            GOLDEN[path] = original(path)
-        metadata, tensors = GOLDEN.get(path) or original(path)
-        return metadata, dict(tensors)
-    monkeypatch.setattr(pair, "read_file", read_once)
 
     def run(ours, theirs, *options):
         if isinstance(theirs, dict):
@@ -105,6 +96,3 @@ def verdict(tmp_path, capsys, monkeypatch):
         out, error = capsys.readouterr()
         return code, out + error
     return run
-
-
-GOLDEN = {}

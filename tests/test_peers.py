@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import vocabularies
-from vocabularies import BASE, CHATML, CONTROL, UNKNOWN
+from vocabularies import BASE, CHATML
 
 from generate import generate
 from mixtral import Mixtral
@@ -22,9 +22,11 @@ def load_peer(directory, **options):
         directory, attn_implementation="eager", experts_implementation="eager", **options).eval()
 
 
-@pytest.fixture(params=[None, 5], ids=["no window", "window 5"])
+@pytest.fixture(params=[None, 5, TINY], ids=["no window", "window 5", "embedded"])
 def directory(tmp_path, request):
-    """A random checkpoint that transformers has made and saved."""
+    """A random checkpoint that transformers has made and saved, or the embedded one."""
+    if request.param == TINY:
+        return TINY
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
         vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=8,
@@ -43,32 +45,13 @@ def test_logits_agree_with_transformers(directory, dtype):
         assert (ours - load_peer(directory, dtype=dtype)(TEXT).logits).abs().max() < 1e-4
 
 
-def test_rows_of_a_ragged_batch_agree_with_transformers_through_a_cache(directory):
-    model, peer = Mixtral.from_pretrained(directory), load_peer(directory, dtype=torch.float32)
-    cache, lengths = model.new_cache(2, 24, chunk=4), torch.tensor([24, 9])
-    with torch.inference_mode():
-        ours = model(TEXT, cache, lengths)
-        for row, length in enumerate(lengths.tolist()):
-            wanted = peer(TEXT[row:row + 1, :length]).logits[0]
-            assert (ours[row, :length] - wanted).abs().max() < 1e-4
-
-
 def test_greedy_tokens_are_those_of_transformers(directory):
     peer, prompts = load_peer(directory, dtype=torch.float32), [TEXT[0, :6], TEXT[1, :11]]
     wanted = [peer.generate(prompt[None], max_new_tokens=30, do_sample=False, eos_token_id=None,
                             pad_token_id=0)[0, len(prompt):].tolist() for prompt in prompts]
-    ours = generate(Mixtral.from_pretrained(directory), [p.tolist() for p in prompts], 30)
+    ours = generate(Mixtral.from_pretrained(directory, torch.float32),
+                    [prompt.tolist() for prompt in prompts], 30)
     assert ours == wanted
-
-
-def test_the_embedded_checkpoint_loads_in_transformers_and_gives_the_same_logits():
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        TINY, dtype=torch.float32, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    text = torch.randint(3, 2048, (1, 300), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        ours = Mixtral.from_pretrained(TINY, torch.float32)(text)
-        assert (ours - model.eval()(text).logits).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------ tokenizers
@@ -107,7 +90,6 @@ TEMPLATES = {
     "stripped": CHATML.replace("message['content']", "message['content'] | trim"),
     "system text stripped on the left": CHATML.replace("message['content']", "(message['content']."
         "lstrip() if message['role'] == 'system' else message['content'])"),
-    "no newline": CHATML.replace(" + '\n'}}{% endfor", "}}{% endfor"),
     "default system": CHATML.replace(
         "{{'<|im", "{% if loop.first and message['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou are a cat.<|im_end|>\n' }}{% endif %}{{'<|im", 1),
@@ -115,16 +97,7 @@ TEMPLATES = {
         "{{'<|im_start|>human\n' + m['content'] + '<|im_end|>\n'}}{% elif m['role'] == 'system' %}"
         "{{'<|im_start|>system\n' + m['content'] + '<|im_end|>\n'}}{% else %}"
         "{{'<|im_start|>gpt\n' + m['content'] + '<|im_end|>\n'}}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>gpt\n' }}{% endif %}",
-    "by role": """{%- for message in messages %}
-    {%- if message.role in ['system', 'user', 'assistant'] %}
-        {{- '<|im_start|>' ~ message.role }}
-{{ message.content + '<|im_end|>' }}
-    {% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}"""}
+        "{% if add_generation_prompt %}{{ '<|im_start|>gpt\n' }}{% endif %}"}
 TEXTS = ["a", "", " the bus ", "a\n\nb", "\ny", "stay  as a {{ bus }}", "é🦙"]
 
 
@@ -150,17 +123,3 @@ def test_encode_chat_in_chatml_equals_apply_chat_template(tmp_path, form, templa
                     messages, add_generation_prompt=True, return_dict=False)
                 assert ours.encode_chat(messages) == wanted, messages
     assert ours.eos_id == theirs.eos_token_id and ours.bos_id == theirs.bos_token_id
-
-
-def test_added_tokens_decode_as_in_transformers(tmp_path):
-    """Without skip_special_tokens transformers shows control tokens, which here have no text."""
-    tokens = [token | {"special": token["special"] or "im" in token["content"]}
-              for token in added_tokens(len(PIECES))]
-    vocabularies.write(tmp_path, tokenizer=vocabularies.tokenizer_json(PIECES, added=tokens))
-    ours = Tokenizer(tmp_path)
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    special = [n for n, (_, _, kind) in enumerate(PIECES) if kind in (CONTROL, UNKNOWN)]
-    ordinary = [ours.ids[SPACE + "us"], ours.ids["b"], tokens[0]["id"]]
-    for ids in ([*ordinary, tokens[3]["id"], *ordinary], [special[1], *ordinary[1:], ordinary[0]],
-                [*ordinary, ours.vocab_size + 7, *ordinary]):
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -1,15 +1,14 @@
 """Measure speed beside other programs, in one run: `python tests/tools/benchmark.py`.
 
     start      generate.py for one token, beside `import torch`
-    load       time to load the model
-    prefill    a prompt of 512 tokens
-    decode     32 more tokens of one text, of 16 texts at once, and of the embedded model
-    int4       experts in 4 bits, beside bfloat16
+    models     loading, a prompt of 512 tokens (prefill), and 32 more tokens of one text and of 16
+               at once (decode), with a random model of 0.79 B parameters and the embedded one
+    int4       the same for experts in 4 bits, beside bfloat16
     tokenizer  English text for the first time (cold) and again (warm), beside sentencepiece
     convert    Mistral's layout, beside `cp -r`; only on request, because it needs 5 GB of disk
 
-The model is a random one with 0.79 B parameters, unless a row says "tiny". Every implementation
-runs in a process of its own, and the processes take turns in each round. The table shows medians.
+The programs take turns. In each round, each of them runs in a new process, where it loads a model
+and does its work twice, of which the faster time counts. The table shows the medians of the rounds.
 A number in brackets says how many times as fast this project is.
 
 The other programs are transformers, if it is installed, in the faster of its implementations of the
@@ -20,15 +19,18 @@ exist.
 
 import argparse
 import html
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from functools import cache, partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -36,29 +38,19 @@ from typing import NamedTuple
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
-from sides import ROOT, LlamaBench, Machine, Ours, Side, Tokenizers, Transformers, seconds
 
-PEER = importlib.util.find_spec("transformers") is not None
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tiny"
 NEW = 32  # tokens per row of a decode
-
-
-class Sizes(NamedTuple):
-    """What is measured. With QUICK the numbers mean nothing."""
-
-    config: dict
-    prompt: int
-    context: int  # before a decode
-    rows: int  # of a batch
-    text: int  # characters
-    dtypes: tuple[str, ...]
-
-
 MODEL = {"vocab_size": 32000, "hidden_size": 1024, "num_hidden_layers": 8, "head_dim": 64,
          "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 3584}
 SMALL = {"vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 2, "head_dim": 16,
          "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128}
-FULL = Sizes(MODEL, 512, 64, 16, 10**6, ("bfloat16", "float32"))
-QUICK = Sizes(SMALL, 8, 8, 2, 10**3, ("bfloat16",))
+# `context` is the length of a prompt before a decode. With QUICK the numbers mean nothing.
+FULL = argparse.Namespace(config=MODEL, prompt=512, context=64, rows=16, characters=10**6,
+                          dtypes=("bfloat16", "float32"))
+QUICK = argparse.Namespace(config=SMALL, prompt=8, context=8, rows=2, characters=10**3,
+                           dtypes=("bfloat16",))
 
 
 class Row(NamedTuple):
@@ -75,57 +67,10 @@ class Row(NamedTuple):
         return ours / theirs if self.rate else theirs / ours
 
 
-# ------------------------------------------------------------------ a run of the benchmark
-
-
-class Bench:
-    """The options, the sizes and the processes of a run."""
-
-    def __init__(self, args, place):
-        self.args, self.place, self.sizes = args, place, QUICK if args.quick else FULL
-        self.side = cache(Side)  # a process is started at its first use
-        self.machine = Side(Machine)
-        self.read_rate = self.machine("read_rate", 2**30)
-        self.checkpoint = args.checkpoint or place / "checkpoint"
-        if not self.checkpoint.exists():
-            self.machine("make_checkpoint", self.checkpoint, self.sizes.config)
-        self.roots = {"this": ROOT} | ({"before": args.against} if args.against else {})
-
-    def ours(self, directory, dtype):
-        """A function run(rows, context, new) for each checkout."""
-        return {name: partial(self.side(Ours, root, directory, getattr(torch, dtype)), "run")
-                for name, root in self.roots.items()}
-
-    def llama(self):
-        """Such a function for each GGUF file. They take one row only."""
-        return {f"llama.cpp {file.stem}": LlamaBench(self.args.llama_bench, file).run
-                for file in self.args.gguf}
-
-    def programs(self, directory, dtype, rows=1):
-        """All such functions. Of those of one program, the fastest counts."""
-        runs = self.ours(directory, dtype)
-        for experts in ("grouped_mm", "eager") if PEER else ():
-            side = self.side(Transformers, directory, getattr(torch, dtype))
-            runs[f"transformers, {experts}"] = partial(side, "run", experts=experts)
-        if (directory, dtype, rows) == (self.checkpoint, "bfloat16", 1):
-            runs |= self.llama()
-        return runs
-
-    def medians(self, runs):
-        """The median of the seconds that each function returns. The first round is a warm-up."""
-        taken = {name: [] for name in runs}
-        for _ in range(1 + self.args.rounds):
-            for name, run in runs.items():
-                taken[name].append(run())
-        return {name: median(times) for name, (_, *times) in taken.items()}
-
-    def rates(self, runs, rows, context, new):
-        """Tokens per second of each program, for the prompt or, if new > 1, for the rest."""
-        runs, rates = {name: partial(run, rows, context, new) for name, run in runs.items()}, {}
-        for name, taken in self.medians(runs).items():
-            program, rate = name.partition(",")[0], rows * (new - 1 or context) / taken
-            rates[program] = max(rate, rates.get(program, 0))
-        return rates
+def seconds(function, *args):
+    start = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - start
 
 
 def run(*command):
@@ -133,87 +78,203 @@ def run(*command):
     return seconds(partial(subprocess.run, command, check=True, capture_output=True))
 
 
-def start(bench):
-    runs = {name: partial(run, sys.executable, root / "generate.py", "--prompt", "x",
-                          "--max-new-tokens", "1") for name, root in bench.roots.items()}
-    runs["import torch"] = partial(run, sys.executable, "-c", "import torch")
-    yield Row("start, one token of the tiny model", "s", bench.medians(runs))
+def in_new_process(function, *args):
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
-def load(bench):
-    def in_new_process(*kind):
-        side = Side(*kind, bench.checkpoint, torch.bfloat16)
-        taken = side("seconds_to_load")
-        side.close()
-        return taken
+def take_turns(programs, rounds):
+    """Rows with the medians of what some programs measure.
 
-    runs = {name: partial(in_new_process, Ours, root) for name, root in bench.roots.items()}
-    if PEER:
-        runs["transformers"] = partial(in_new_process, Transformers)
-    yield Row("load in bfloat16", "s", bench.medians(runs))
-
-
-def prefill(bench):
-    prompt = bench.sizes.prompt
-    for dtype in bench.sizes.dtypes:
-        yield Row(f"prefill {prompt}, {dtype}", "tokens/s", bench.rates(
-            bench.programs(bench.checkpoint, dtype), 1, prompt, 1))
+    A program is a function without arguments that returns {(what, unit): number}.
+    """
+    found = {}
+    for _ in range(rounds):
+        for name, program in programs.items():
+            for key, number in program().items():
+                found.setdefault(key, {}).setdefault(name, []).append(number)
+    return [Row(what, unit, {name: median(each) for name, each in numbers.items()})
+            for (what, unit), numbers in found.items()]
 
 
-def decode(bench):
-    for name, directory, rows in (("", bench.checkpoint, 1), ("", bench.checkpoint,
-                                  bench.sizes.rows), ("tiny ", ROOT / "tiny", 1)):
-        for dtype in bench.sizes.dtypes:
-            yield Row(f"{name}decode, batch {rows}, {dtype}", "tokens/s", bench.rates(
-                bench.programs(directory, dtype, rows), rows, bench.sizes.context, 1 + NEW))
+# ------------------------------------------------------------------ models
 
 
-def int4(bench):
-    directory = bench.place / "int4"
-    run(sys.executable, ROOT / "convert.py", "--input_dir", bench.checkpoint, "--output_dir",
+def ours(root):
+    """How a checkout of this project loads a model, and the ways in which it continues tokens.
+
+    Only interfaces that two checkouts share are used.
+    """
+    sys.path.insert(0, str(root))
+    import generate
+    return (lambda directory, dtype: generate.load(directory, dtype, "cpu")[1],
+            [lambda model, tokens, new: generate.generate(model, tokens.tolist(), new)])
+
+
+def transformers():
+    """The same of transformers, with two implementations of the experts."""
+    from transformers import AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
+
+    @torch.inference_mode()
+    def write(experts, model, tokens, new):
+        model.set_experts_implementation(experts)
+        model.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                       attention_mask=torch.ones_like(tokens), pad_token_id=0)
+
+    return (lambda directory, dtype: AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype).eval(), [partial(write, "grouped_mm"), partial(write, "eager")])
+
+
+def work(name, dtype, sizes):
+    """What to measure with a model: {what: (rows, tokens of the prompt, new tokens)}."""
+    decode = {f"{name}decode, batch {rows}, {dtype}": (rows, sizes.context, 1 + NEW)
+              for rows in (1, sizes.rows)}
+    return {f"{name}prefill {sizes.prompt}, {dtype}": (1, sizes.prompt, 1)} | decode
+
+
+def clocked(write, model, tokens, new):
+    """Seconds until the first token of each row or, if new > 1, from there to the last."""
+    times = [time.perf_counter()]
+    with model.register_forward_hook(lambda *_: times.append(time.perf_counter())):
+        write(model, tokens, new)
+    return times[-1] - times[0 if new == 1 else 1]
+
+
+def measure(program, directory, name, dtype, sizes):
+    """Load a model, and do its work twice in each way, of which the fastest counts."""
+    load, ways = program()
+    start = time.perf_counter()
+    model = load(directory, getattr(torch, dtype))
+    found = {(f"{name}load, {dtype}", "s"): time.perf_counter() - start}
+    torch.manual_seed(0)
+    for what, (rows, context, new) in work(name, dtype, sizes).items():
+        tokens = torch.randint(3, model.config.vocab_size, (rows, context))
+        taken = min(clocked(write, model, tokens, new) for write in ways for _ in range(2))
+        found[what, "tokens/s"] = rows * (new - 1 or context) / taken
+    return found
+
+
+def llama(program, file, name, dtype, sizes):
+    """What llama.cpp's own benchmark measures with a GGUF file. It takes one row only."""
+    found = {}
+    for what, (rows, context, new) in work(name, dtype, sizes).items():
+        if rows == 1:
+            tokens = ["-p", context, "-n", 0] if new == 1 else ["-p", 0, "-n", NEW, "-d", context]
+            command = [program, "-m", file, "-t", torch.get_num_threads(), "-r", 1, "-o", "json"]
+            done = subprocess.run([*map(str, command + tokens)], capture_output=True, check=True)
+            found[what, "tokens/s"] = json.loads(done.stdout)[0]["avg_ts"]
+    return found
+
+
+def make_checkpoint(directory, fields, mistral=False):
+    """Random weights in bfloat16, for Hugging Face with a tokenizer, or as Mistral's file."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    from conftest import random_model, save
+    from layouts import mistral_pickle
+    torch.set_default_dtype(torch.bfloat16)  # without it, the weights would be made in float32
+    model = random_model(dtype=torch.bfloat16, sliding_window=None, **fields)
+    if mistral:
+        mistral_pickle(model, directory)
+    else:
+        save(model, directory, architectures=["MixtralForCausalLM"], torch_dtype="bfloat16")
+        shutil.copy(TINY / "tokenizer.model", directory)
+
+
+def programs(args, directory, name, dtype):
+    """What measures a model, for each program."""
+    common = directory, name, dtype, args.sizes
+    found = {who: partial(in_new_process, measure, partial(ours, root), *common)
+             for who, root in args.roots.items()}
+    if find_spec("transformers"):
+        found["transformers"] = partial(in_new_process, measure, transformers, *common)
+    for file in args.gguf if dtype == "bfloat16" and directory != TINY else ():
+        found[f"llama.cpp {file.stem}"] = partial(llama, args.llama_bench, file, *common[1:])
+    return found
+
+
+# ------------------------------------------------------------------ what is measured
+
+
+def start(args):
+    what = "start, one token of the tiny model", "s"
+    commands = {who: [root / "generate.py", "--prompt", "x", "--max-new-tokens", "1"]
+                for who, root in args.roots.items()} | {"import torch": ["-c", "import torch"]}
+    yield {who: lambda command=command: {what: run(sys.executable, *command)}
+           for who, command in commands.items()}
+
+
+def models(args):
+    for directory, name in (args.checkpoint, ""), (TINY, "tiny "):
+        for dtype in args.sizes.dtypes:
+            yield programs(args, directory, name, dtype)
+
+
+def int4(args):
+    directory, common = args.place / "int4", ("int4 ", "bfloat16")
+    run(sys.executable, ROOT / "convert.py", "--input_dir", args.checkpoint, "--output_dir",
         directory, "--dtype", "int4")
-    runs = bench.ours(directory, "bfloat16")
-    runs["bfloat16"] = bench.ours(bench.checkpoint, "bfloat16")["this"]
-    for rows in (1, bench.sizes.rows):
-        yield Row(f"int4 decode, batch {rows}", "tokens/s", bench.rates(
-            runs | (bench.llama() if rows == 1 else {}), rows, bench.sizes.context, 1 + NEW))
+    found = programs(args, directory, *common)
+    found["bfloat16"] = programs(args, args.checkpoint, *common)["this"]
+    found.pop("transformers", None)
+    yield found
 
 
-def tokenizer(bench):
-    side = bench.side(Tokenizers, bench.sizes.text)
-    rounds = [side("run") for _ in range(1 + bench.args.rounds)][1:]
-    cold, warm, peer = (median(column) for column in zip(*rounds, strict=True))
-    for name, ours in (("cold", cold), ("warm", warm)):
-        yield Row(f"tokenizer, {name}", "MB/s", {"this": ours, "sentencepiece": peer})
+def tokenizer(args):
+    yield {name: partial(in_new_process, encode_twice, name, args.sizes.characters)
+           for name in ("this", "sentencepiece")}
 
 
-def convert(bench):
-    source, target = bench.place / "raw", bench.place / "converted"
-    bench.machine("make_raw", source, bench.sizes.config)
+def encode_twice(name, size):
+    """MB/s of a new tokenizer for the manual of Python, the first time (cold) and again (warm)."""
+    sys.path.insert(0, str(ROOT))
+    from pydoc_data.topics import topics
+
+    from sentencepiece import SentencePieceProcessor
+
+    from tokenizer import Tokenizer
+    path = TINY / "tokenizer.model"
+    if spec := find_spec("mistral_common"):
+        path = Path(spec.origin).parent / "data" / "tokenizer.model.v1"
+    make = {"this": Tokenizer, "sentencepiece": SentencePieceProcessor}[name]
+    text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())[:size]
+    make(str(path)).encode(text)
+    encode, megabytes = make(str(path)).encode, len(text.encode()) / 1e6
+    return {(f"tokenizer, {state}", "MB/s"): megabytes / seconds(encode, text)
+            for state in ("cold", "warm")}
+
+
+def convert(args):
+    source, target = args.place / "raw", args.place / "converted"
+    in_new_process(make_checkpoint, source, args.sizes.config, True)
 
     def once(*command):
         taken = run(*command)
         shutil.rmtree(target)
-        return taken
+        return {("convert Mistral's layout", "s"): taken}
 
-    ours = [sys.executable, ROOT / "convert.py", "--input_dir", source, "--output_dir", target]
-    yield Row("convert Mistral's layout", "s", bench.medians({
-        "this": partial(once, *ours), "cp -r": partial(once, "cp", "-r", source, target)}))
+    command = [sys.executable, ROOT / "convert.py", "--input_dir", source, "--output_dir", target]
+    yield {"this": partial(once, *command), "cp -r": partial(once, "cp", "-r", source, target)}
 
 
-PARTS = {part.__name__: part
-         for part in (start, load, prefill, decode, int4, tokenizer, convert)}
-DEFAULT = [name for name in PARTS if name != "convert"]
+PARTS = {part.__name__: part for part in (start, models, int4, tokenizer, convert)}
 
 
 # ------------------------------------------------------------------ the report
+
+
+def read_rate(size):
+    """Bytes per second that a sum reads from memory, in the best of five runs."""
+    x = torch.ones(size // 4)
+    return x.nbytes / min(seconds(x.sum) for _ in range(5))
 
 
 def machine_name():
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return (f"{found[1] if found else 'unknown CPU'}, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+            f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}; reads "
+            f"{in_new_process(read_rate, 2**30) / 1e9:.1f} GB/s")
 
 
 def number(value):
@@ -257,7 +318,7 @@ def chart(rows, title):
 
 def parse_arguments(argv):
     p = argparse.ArgumentParser(description="Measure speed beside other programs.")
-    p.add_argument("what", nargs="*", metavar="WHAT",
+    p.add_argument("what", nargs="*", metavar="WHAT", default=[*PARTS][:-1],
                    help=f"{', '.join(PARTS)} (default: all but convert)")
     p.add_argument("--rounds", type=int, default=3, metavar="N", help="counted rounds (default 3)")
     p.add_argument("--quick", action="store_true", help="a tiny model, to try this program")
@@ -265,7 +326,6 @@ def parse_arguments(argv):
     p.add_argument("--checkpoint", type=Path, metavar="DIR", help="keep the random model there")
     p.add_argument("--llama-bench", metavar="PATH", help="the program of llama.cpp")
     p.add_argument("--gguf", type=Path, nargs="+", default=[], metavar="FILE", help="its files")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     p.add_argument("--svg", type=Path, metavar="FILE", help="also draw the README's rates there")
     args = p.parse_args(argv)
     if set(args.what) - PARTS.keys():
@@ -277,16 +337,19 @@ def parse_arguments(argv):
 
 def main(argv=None):
     args, rows = parse_arguments(argv), []
+    args.sizes = QUICK if args.quick else FULL
+    args.roots = {"this": ROOT} | ({"before": args.against} if args.against else {})
     with tempfile.TemporaryDirectory() as directory:
-        bench = Bench(args, Path(directory))
-        title = f"{machine_name()}; reads {bench.read_rate / 1e9:.1f} GB/s"
+        args.place, title = Path(directory), machine_name()
+        args.checkpoint = args.checkpoint or args.place / "checkpoint"
+        if not args.checkpoint.exists():
+            in_new_process(make_checkpoint, args.checkpoint, args.sizes.config)
         print(f"{title}\n\n| what | unit | this project | others |\n|---|---|---|---|")
-        for part in args.what or DEFAULT:
-            for row in PARTS[part](bench):
-                rows.append(row)
-                print(table_line(row), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2))
+        for part in args.what:
+            for programs in PARTS[part](args):
+                for row in take_turns(programs, args.rounds):
+                    rows.append(row)
+                    print(table_line(row), flush=True)
     if args.svg:
         drawn = [row for row in rows if row.rate and (args.quick or row.what.startswith(CHART))]
         args.svg.write_text(chart(drawn, title), encoding="utf-8")

@@ -1,7 +1,4 @@
-"""Run the examples in the documents, and compare or replace the outputs that they show.
-
-    python tests/tools/readme.py              replaces every output that has changed
-    python tests/tools/readme.py --check      prints the differences; exit code 1 if there are any
+"""The examples in the documents, which tests/test_readme.py runs.
 
 An example is a ```python block that is followed by a ```text block with its output, or a line
 `$ command` in a ```console block that is followed by its output. Only standard output counts. In a
@@ -13,14 +10,11 @@ interpreter that runs this program, and `pip` does nothing. RAW, which stands fo
 in the documents, is a directory with the embedded checkpoint in Mistral's layout.
 """
 
-import argparse
-import difflib
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,20 +33,19 @@ class Example(NamedTuple):
     line: int  # in the document, counted from 1
     command: str  # for the shell
     shown: str  # the output, with its line ends
-    start: int  # where `shown` begins in the document
 
 
 def examples(document):
     """The examples in the text of a document."""
     found = []
     for block in BLOCK.finditer(document):
-        start = block.start("body")
+        line, body = document.count("\n", 0, block.start("body")), block["body"]
         if block["kind"]:
-            found.append((f"python - <<'END'\n{block['code']}END", block["body"], start))
+            found.append(Example(line, f"python - <<'END'\n{block['code']}END", body))
         else:
-            found += [(part["command"], part["output"], start + part.start("output"))
-                      for part in COMMAND.finditer(block["body"])]
-    return [Example(document.count("\n", 0, part[-1]), *part) for part in found]
+            found += [Example(line + body.count("\n", 0, part.start("output")), part["command"],
+                              part["output"]) for part in COMMAND.finditer(body)]
+    return found
 
 
 def works_here(example):
@@ -71,19 +64,6 @@ def matches(shown, output):
         else:
             patterns.append(re.escape(line) + "\n")
     return re.fullmatch("".join(patterns), output) is not None
-
-
-def shortened(shown, output):
-    """The new output, with … in the places where the shown one has it."""
-    old, new = shown.splitlines(), output.splitlines()
-    if "…" in old:
-        head, tail = old.index("…"), len(old) - old.index("…") - 1
-        if len(new) >= head + tail:
-            new = [*new[:head], "…", *new[len(new) - tail:]]
-    for n, line in enumerate(old[:len(new)]):
-        if line.endswith(" …") and len(new[n]) > len(line):
-            new[n] = new[n][:len(line) - 1].rpartition(" ")[0] + " …"
-    return "".join(f"{line}\n" for line in new)
 
 
 def copy_repository(directory):
@@ -121,41 +101,3 @@ def run(place, example):
     if done.returncode and not (done.stdout and example.shown.strip("…\n")):
         raise ValueError(f"line {example.line}: {example.command}\n{done.stderr}")
     return done.stdout + "\n" * (not done.stdout.endswith("\n") and done.stdout != "")
-
-
-def refreshed(document, place):
-    """The text of a document with the outputs that its examples print now."""
-    parts, end = [], 0
-    for example in examples(document):
-        output, shown = run(place, example), example.shown
-        parts += [document[end:example.start],
-                  shown if matches(shown, output) else shortened(shown, output)]
-        end = example.start + len(shown)
-    return "".join(parts) + document[end:]
-
-
-def main(argv=None):
-    p = argparse.ArgumentParser(description="Check or refresh the outputs shown in documents.")
-    p.add_argument("documents", nargs="*", type=Path, help="default: those of the repository")
-    p.add_argument("--check", action="store_true", help="print differences and change nothing")
-    args = p.parse_args(argv)
-    stale = False
-    for path in args.documents or [ROOT / name for name in DOCUMENTS]:
-        with tempfile.TemporaryDirectory() as directory:
-            try:
-                old = path.read_text(encoding="utf-8")
-                new = refreshed(old, workplace(Path(directory)))
-            except (OSError, ValueError) as error:
-                print(f"readme.py: {path}: {error}", file=sys.stderr)
-                return 1
-        if new != old:
-            stale = True
-            sys.stdout.writelines(difflib.unified_diff(
-                old.splitlines(True), new.splitlines(True), f"{path} as it is", "as it prints"))
-            if not args.check:
-                path.write_text(new, encoding="utf-8")
-    return 1 if stale and args.check else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

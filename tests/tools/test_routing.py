@@ -38,21 +38,24 @@ def test_the_routing_of_a_long_text_is_that_of_one_pass(options):
         assert torch.allclose(margins[n], margin, rtol=0, atol=1e-12)
 
 
+def data_of(page):
+    return json.loads(re.search('type="application/json">(.*?)</script>', page)[1])
+
+
 def test_the_page_holds_the_routing_of_the_prompt_and_its_continuation(tokenizer, tmp_path):
     path, prompt = tmp_path / "page.html", tokenizer.encode(TEXT)
     assert routing.main(["--prompt", TEXT, "--max-new-tokens", "5", "--html", str(path)]) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
-    data = json.loads(re.search('type="application/json">(.*?)</script>', path.read_text())[1])
+    data = data_of(path.read_text())
     assert data["prompt"] == len(prompt) and data["ids"][:len(prompt)] == prompt
     assert len(data["ids"]) == len(data["tokens"]) == len(prompt) + 5
     assert "".join(data["tokens"]).startswith("<s>" + TEXT)
     cut = prompt[:-1]  # in the middle of the last character
     assert "".join(routing.token_texts(tokenizer, cut)) == "<s>" + tokenizer.decode(cut)
     model = Mixtral.from_pretrained(TINY, torch.float64)
-    weights, experts, margins = routing.record(model, data["ids"])
-    assert data["chosen"] == experts.tolist()
-    assert (torch.tensor(data["weights"]).double() - weights).abs().max() < 5.1e-5
-    assert (torch.tensor(data["margins"]).double() - margins).abs().max() < 5.1e-5
+    for name, numbers in zip(("weights", "chosen", "margins"), routing.record(model, data["ids"]),
+                             strict=True):
+        assert (torch.tensor(data[name]).double() - numbers).abs().max() < 5.1e-5
 
 
 def test_the_page_loads_nothing_and_no_text_of_a_token_can_end_its_data():
@@ -63,8 +66,7 @@ def test_the_page_loads_nothing_and_no_text_of_a_token_can_end_its_data():
     assert not re.search(r"https?:|\b(src|href)=|url\(|@import|fetch|innerHTML", template)
     for markup in ("<script", "</script", "<!--", "<b>"):
         assert html.count(markup) == template.count(markup)
-    data = json.loads(re.search('type="application/json">(.*?)</script>', html)[1])
-    assert (data["model"], data["tokens"]) == ("<b>", texts)
+    assert (data_of(html)["model"], data_of(html)["tokens"]) == ("<b>", texts)
 
 
 def test_a_picture_shows_three_layers_and_all_experts():
