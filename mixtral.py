@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         positions = key_positions = torch.arange(S).expand(B, S)
         if cache is not None:
             positions = positions + cache.tokens_read[:, None]
-            key_positions = cache.reserve(positions, lengths)  # (B, T), of all keys in the cache
+            key_positions = cache.reserve(positions, lengths)  # (B, T); of all keys in the cache
         x = self.embed_tokens(tokens)  # (B, S, D)
         turns = rotation(positions, c.head_dim, c.rope_theta)
         cos, sin = (part.to(at_least_float32(x).dtype).to(x.device) for part in turns)
