@@ -139,6 +139,11 @@ def test_encode_and_decode_equal_sentencepiece_for_generated_vocabularies(tmp_pa
             assert "".join([stream.feed(i) for i in ids]) + stream.flush() == ours.decode(ids)
 
 
+def test_a_score_of_0_is_above_that_of_minus_0_which_the_first_merge_of_a_training_has(tmp_path):
+    ours = load(tmp_path, [*PIECES, ("ab", -0.0, ORDINARY), ("bc", 0.0, ORDINARY)])
+    assert [ours.pieces[i] for i in ours.encode("abc", bos=False)] == [SPACE, "a", "bc"]
+
+
 def test_the_files_of_a_directory_have_an_order(tmp_path):
     """tokenizer.model, then the highest version, then tokenizer.json."""
     refused(tmp_path / "tokenizer.model", "No such file")
