@@ -239,10 +239,11 @@ def test_added_tokens_are_control_pieces_or_have_a_text_and_no_text_encodes_to_t
         "<a>": special, "<|im_start|>": start, "<eos>": eos}
     hostile = "a<a>b<b><|im_start|><eos>"
     assert ours.encode(hostile) == plain.encode(hostile)
-    ids = [special, ours.ids["a"], other, ours.ids[SPACE], gap, start, other, 10**6]
+    space = ours.ids[SPACE]
+    ids = [10**6, special, space, ours.ids["a"], other, space, gap, start, other]
     stream = ours.stream()
-    assert [stream.feed(i) for i in ids] == ["", "a", "<b>", " ", "", "", "<b>", ""]
-    assert ours.decode(ids) == "a<b> <b>" and ours.decode(ids[2:]) == "<b> <b>"
+    assert [stream.feed(i) for i in ids] == ["", "", "", "a", "<b>", " ", "", "", "<b>"]
+    assert ours.decode(ids) == "a<b> <b>" and ours.decode(ids[4:]) == "<b> <b>"
 
 
 @pytest.mark.parametrize("name, eos", [
