@@ -394,7 +394,7 @@ def compressed(source):
     (lambda source: torch.save([1], source / "consolidated.00.pth"), "got list"),
     (lambda source: torch.save({"norm.weight": torch.ones(24)}, source / "consolidated.01.pth"),
      "norm.weight is in both"),
-    (code_in_pickle, "consolidated.00.pth"), (compressed, "consolidated.00.pth"),
+    (code_in_pickle, "could run code"), (compressed, "consolidated.00.pth"),
     (lambda source: shutil.copy(ROOT / "tiny" / "tokenizer.model", source), "2048 pieces"),
     (lambda source: (source / "params.json").unlink(), "params.json"),
     (change_params(hidden_dim=None, norm_eps=None), "hidden_dim, norm_eps"),
