@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -271,6 +272,9 @@ def test_what_is_written_is_what_the_library_reads_aligned(tmp_path_factory, spe
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8:8 + length])
+    begins = itertools.accumulate((x.nbytes for x in tensors.values()), initial=0)
+    if all(at % x.itemsize == 0 for at, x in zip(begins, tensors.values(), strict=False)):
+        assert list(header)[1:] == list(tensors)  # the order is kept where alignment allows it
     assert length % 8 == 0
     assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0
                for name, tensor in tensors.items())
@@ -437,6 +441,7 @@ def test_what_is_there_already_is_never_touched(raw, tmp_path, out, capsys):
     (raw / "a.gguf").touch()
     before = contents(raw)
     refused("llama.cpp", capsys, raw / "a.gguf", out)
+    refused("is a file", capsys, raw / "params.json", out)
     for place in (raw, raw / ".." / "raw", tmp_path, raw / "params.json"):
         refused("exists already", capsys, raw, place)
     assert contents(raw) == before and contents(tmp_path) == ["raw"]
