@@ -67,20 +67,21 @@ def change_json(path, **changes):
     write_json(path, json.loads(path.read_text()) | changes)
 
 
-def mistral_pickle(model, directory):
-    """One file of torch.save."""
-    directory.mkdir()
-    torch.save(mistral_tensors(model), directory / "consolidated.00.pth")
-    write_json(directory / "params.json", mistral_params(model.config))
-    return directory
+def save_pickle(path, tensors):
+    torch.save(tensors, path)
 
 
-def mistral_safetensors(model, directory):
+def mistral_safetensors(model, directory, file="consolidated.safetensors", write=write_safetensors):
     """One safetensors file."""
     directory.mkdir()
-    write_safetensors(directory / "consolidated.safetensors", mistral_tensors(model))
+    write(directory / file, mistral_tensors(model))
     write_json(directory / "params.json", mistral_params(model.config))
     return directory
+
+
+def mistral_pickle(model, directory):
+    """One file of torch.save."""
+    return mistral_safetensors(model, directory, "consolidated.00.pth", save_pickle)
 
 
 def mistral_fused(model, directory):
@@ -140,8 +141,7 @@ def huggingface_sharded(model, directory):
 
 def huggingface_pickles(model, directory):
     """Two files of torch.save and an index, as before safetensors existed."""
-    return in_two_files(save(model, directory), "pytorch_model", "bin",
-                        lambda path, tensors: torch.save(tensors, path))
+    return in_two_files(save(model, directory), "pytorch_model", "bin", save_pickle)
 
 
 # `save` writes Hugging Face's layout in one file, with the config.json of transformers 4.

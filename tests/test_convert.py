@@ -285,10 +285,9 @@ def test_what_is_written_is_what_the_library_reads_aligned(tmp_path_factory, spe
     (torch.ones(2, device="meta"), "x: is not contiguous torch.float32 in CPU memory"),
     (Lazy((2, 2), torch.float32, lambda: torch.ones(2)), "x: wanted 16 bytes, got 8"),
     (Lazy((2,), torch.float32, lambda: torch.ones(2).int()), "x: is not contiguous torch"),
-    (Lazy((2, 3), torch.float32, lambda: torch.ones(3, 2).T), "x: is not contiguous")],
-    ids=lambda value: value if isinstance(value, str) else "")
+    (Lazy((2, 3), torch.float32, lambda: torch.ones(3, 2).T), "x: is not contiguous")])
 def test_a_tensor_that_would_be_written_wrongly_is_refused_by_name(tensor, words, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(ValueError, match=words):
         write_safetensors(tmp_path / "file", {"before": torch.ones(1), "x": tensor})
     assert not contents(tmp_path)
 

@@ -104,10 +104,12 @@ def test_a_step_that_was_interrupted_does_not_count(monkeypatch):
         pair.call(random_tokens(2, 1), [1, 1])
 
 
-def test_a_full_cache_is_refused_before_anything_is_stored():
+def test_a_full_cache_is_refused_before_a_step_and_a_text_that_has_ended_takes_none(monkeypatch):
     pair = Pair(1, 4)
     pair.call(random_tokens(1, 3), [3])
     pair.call(random_tokens(1, 1), [1])
+    monkeypatch.setattr(cuda.Step, "replay", None)
+    pair.read(random_tokens(1, 1), torch.tensor([0]))
     with pytest.raises(ValueError, match="more than its"):
         pair.read(random_tokens(1, 1), torch.tensor([1]))
     assert pair.caches[1].positions.tolist() == [[0, 1, 2, 3]]
