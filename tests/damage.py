@@ -4,14 +4,9 @@ import json
 import math
 import shutil
 
-import torch
-
 VALUES = [None, True, -1, 0, 1, 3, 2**20, 2**63, 10**400, 10**9, 0.5, math.inf, math.nan, "", "x",
           "I64", "F8_E4M3", "9" * 5000, "\n\x1b", "\ud800", [], {}, [[1]], [1, -1], {"a": {}}]
 TEXTS = [b"", b"[]", b"{", b"\xff\xfe", b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
-TENSORS = [lambda x: 1, lambda x: [x], lambda x: x[:, None], lambda x: x[:0], lambda x: x.int(),
-           lambda x: x.double(), lambda x: x.to_sparse(), lambda x: x.expand(10**9, *x.shape),
-           lambda x: x.to("meta"), lambda x: torch.device("cpu"), torch.nn.Parameter]
 
 
 def changed(value, r):
@@ -40,16 +35,6 @@ def change_json(path, r):
     path.write_bytes(length.to_bytes(8, "little")[:start] + text + data[end:])
 
 
-def change_pickle(path, r):
-    """Rename, replace or remove a tensor of a file of torch.save."""
-    tensors = torch.load(path, weights_only=True)
-    name = r.choice(list(tensors))
-    tensor = tensors.pop(name)
-    if r.random() < 0.8:
-        tensors[r.choice([name, name, "a\nb", 1, None])] = r.choice(TENSORS)(tensor)
-    torch.save(r.choice([tensors, tensors, tensors, [tensors], tensor]), path)
-
-
 def change_bytes(path, r):
     """Change, insert or delete a few bytes, most often near the two ends, or cut the rest off."""
     data = bytearray(path.read_bytes())
@@ -66,15 +51,11 @@ def remove(path, r):
         path.mkdir()
 
 
-INSIDE = {".json": change_json, ".safetensors": change_json, ".pth": change_pickle,
-          ".pt": change_pickle, ".bin": change_pickle}
-
-
 def damaged_copy(source, target, r, only_inside=False):
     """A copy of a directory in which one file is damaged. It replaces an older copy."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target)
     path = r.choice(sorted(target.iterdir()))
-    inside = INSIDE.get(path.suffix, change_bytes)
+    inside = change_json if path.suffix in (".json", ".safetensors") else change_bytes
     (inside if only_inside else r.choice([remove, *[change_bytes] * 4, *[inside] * 5]))(path, r)
     return target

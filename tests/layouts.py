@@ -9,6 +9,7 @@ import json
 
 import torch
 from conftest import save
+from safetensors.torch import load_file
 
 from convert import write_safetensors
 
@@ -62,34 +63,25 @@ def write_json(path, content):
     path.write_text(json.dumps(content))
 
 
-def mistral_pickle(model, directory):
-    """One file of torch.save."""
-    directory.mkdir()
-    torch.save(mistral_tensors(model), directory / "consolidated.00.pth")
-    write_json(directory / "params.json", mistral_params(model.config))
-    return directory
+def change_json(path, **changes):
+    write_json(path, json.loads(path.read_text()) | changes)
 
 
-def mistral_safetensors(model, directory):
+def save_pickle(path, tensors):
+    torch.save(tensors, path)
+
+
+def mistral_safetensors(model, directory, file="consolidated.safetensors", write=write_safetensors):
     """One safetensors file."""
     directory.mkdir()
-    write_safetensors(directory / "consolidated.safetensors", mistral_tensors(model))
+    write(directory / file, mistral_tensors(model))
     write_json(directory / "params.json", mistral_params(model.config))
     return directory
 
 
-def mistral_split(model, directory):
-    """The eleven parts of the first torrent, which are one file when they are joined.
-
-    Sorted as text, -split10 comes before -split2.
-    """
-    whole = mistral_pickle(model, directory) / "consolidated.00.pth"
-    content = whole.read_bytes()
-    whole.unlink()
-    size = len(content) // 10
-    for n in range(11):
-        (directory / f"{whole.name}-split{n}").write_bytes(content[n * size:(n + 1) * size])
-    return directory
+def mistral_pickle(model, directory):
+    """One file of torch.save."""
+    return mistral_safetensors(model, directory, "consolidated.00.pth", save_pickle)
 
 
 def mistral_fused(model, directory):
@@ -120,11 +112,6 @@ def mistral_fused(model, directory):
     return directory
 
 
-def huggingface(model, directory):
-    """One model.safetensors and the config.json of transformers 4."""
-    return save(model, directory)
-
-
 def huggingface_5(model, directory):
     """The config.json of transformers 5, in which rope_theta is inside rope_parameters."""
     path = save(model, directory) / "config.json"
@@ -134,12 +121,11 @@ def huggingface_5(model, directory):
     return directory
 
 
-def huggingface_sharded(model, directory, stem="model", suffix="safetensors",
-                        write=write_safetensors):
-    """Two safetensors files and an index."""
-    save(model, directory)
-    (directory / "model.safetensors").unlink()
-    tensors, weight_map = list(model.state_dict().items()), {}
+def in_two_files(directory, stem="model", suffix="safetensors", write=write_safetensors):
+    """Replace the model.safetensors of a directory by two files and an index."""
+    path = directory / "model.safetensors"
+    tensors, weight_map = list(load_file(path).items()), {}
+    path.unlink()
     for n in range(2):
         file = f"{stem}-0000{n + 1}-of-00002.{suffix}"
         write(directory / file, dict(tensors[n::2]))
@@ -148,11 +134,16 @@ def huggingface_sharded(model, directory, stem="model", suffix="safetensors",
     return directory
 
 
+def huggingface_sharded(model, directory):
+    """Two safetensors files and an index."""
+    return in_two_files(save(model, directory))
+
+
 def huggingface_pickles(model, directory):
     """Two files of torch.save and an index, as before safetensors existed."""
-    return huggingface_sharded(model, directory, "pytorch_model", "bin",
-                               lambda path, tensors: torch.save(tensors, path))
+    return in_two_files(save(model, directory), "pytorch_model", "bin", save_pickle)
 
 
-LAYOUTS = [mistral_pickle, mistral_safetensors, mistral_fused, huggingface, huggingface_5,
+# `save` writes Hugging Face's layout in one file, with the config.json of transformers 4.
+LAYOUTS = [mistral_pickle, mistral_safetensors, mistral_fused, save, huggingface_5,
            huggingface_sharded, huggingface_pickles]

@@ -2,7 +2,7 @@
 
 import codecs
 import random
-from importlib.util import find_spec
+import re
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,15 @@ import sentencepiece
 import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import BASE, CHATML, CONTROL, ORDINARY, USER_DEFINED, model_bytes, write
+from vocabularies import BASE, CHATML, CONTROL, ORDINARY, model_bytes, write
 
 import tokenizer
 from tokenizer import SPACE, Tokenizer, merge
 
-ROOT = Path(__file__).resolve().parent.parent
+TINY = Path(__file__).resolve().parent.parent / "tiny" / "tokenizer.model"
 MISTRAL = {"v1": "tokenizer.model.v1",
            "v2": "mistral_instruct_tokenizer_240216.model.v2",
            "v3": "mistral_instruct_tokenizer_240323.model.v3"}
-NO_MISTRAL = "mistral-common, which brings Mistral's tokenizers, is not installed"
 WORDS = ("the cat sat on a mat and then ran away from that big dog who had seen it eat bread "
          "naïve façade über straße 東京 привет 12 345 6789 don't well-known end. why?").split()
 VIETNAMESE = "tiếng Việt đẹp lắm, tiếng hay".split()  # has Latin letters outside tokenizer.LATIN
@@ -27,7 +26,6 @@ VIETNAMESE = "tiếng Việt đẹp lắm, tiếng hay".split()  # has Latin let
 
 def train(path, words=WORDS, **options):
     """A small model of seeded sentences, made by sentencepiece's own trainer."""
-    path.parent.mkdir(exist_ok=True)
     draw = random.Random(0)
     lines = [" ".join(draw.choices(words, k=12)) for _ in range(400)]
     defaults = {
@@ -40,49 +38,38 @@ def train(path, words=WORDS, **options):
     return path
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    """Paths of model files: two trained here, the embedded one and, if installed, Mistral's.
+def mistral_file(version):
+    data = Path(pytest.importorskip("mistral_common").__file__).parent / "data"
+    return data / MISTRAL[version]
 
-    "marked" has the control pieces [INST] and [/INST], as v2 and v3 do, user-defined pieces, and
-    pieces that join letters inside and outside of LATIN.
+
+@pytest.fixture(scope="session")
+def tiny():
+    return Tokenizer(TINY)
+
+
+@pytest.fixture(scope="session")
+def marked_file(tmp_path_factory):
+    """A model with the control pieces [INST] and [/INST], as v2 and v3 have them.
+
+    It also has user-defined pieces, and pieces that join letters inside and outside of LATIN.
     """
-    folder = tmp_path_factory.mktemp("models")
-    found = {"own": train(folder / "own" / "tokenizer.model"),
-             "marked": train(folder / "marked" / "tokenizer.model", WORDS + VIETNAMESE,
-                             control_symbols=["[INST]", "[/INST]"],
-                             user_defined_symbols=["the", "thecat", "[X]"]),
-             "tiny": ROOT / "tiny" / "tokenizer.model"}
-    if spec := find_spec("mistral_common"):
-        data = Path(spec.origin).parent / "data"
-        found |= {name: data / file for name, file in MISTRAL.items()}
-    return found
+    return train(tmp_path_factory.mktemp("marked") / "tokenizer.model", WORDS + VIETNAMESE,
+                 control_symbols=["[INST]", "[/INST]"],
+                 user_defined_symbols=["the", "thecat", "[X]"])
 
 
-@pytest.fixture(scope="session", params=["own", "marked", "tiny", "v1", "v2", "v3"])
-def both(request, models):
+@pytest.fixture(scope="session")
+def marked(marked_file):
+    return Tokenizer(marked_file)
+
+
+@pytest.fixture(scope="session", params=["tiny", "marked", *MISTRAL])
+def both(request, marked_file):
     """Our tokenizer and sentencepiece's, of the same model file."""
-    if request.param not in models:
-        pytest.skip(NO_MISTRAL)
-    path = models[request.param]
+    files = {"tiny": TINY, "marked": marked_file}
+    path = files.get(request.param) or mistral_file(request.param)
     return Tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
-
-
-@pytest.fixture(scope="session")
-def own(models):
-    return Tokenizer(models["own"])
-
-
-@pytest.fixture(scope="session")
-def marked(models):
-    return Tokenizer(models["marked"])
-
-
-@pytest.fixture(scope="session")
-def v1(models):
-    if "v1" not in models:
-        pytest.skip(NO_MISTRAL)
-    return Tokenizer(models["v1"])
 
 
 # ------------------------------------------------------------------ text to ids
@@ -112,51 +99,37 @@ def test_encode_equals_sentencepiece_for_generated_text(both):
     check()
 
 
-def test_bos_and_eos_are_added_on_request_only(both):
-    ours, theirs = both
-    for text in ("", "the cat"):
-        ids = theirs.encode(text)
-        assert ours.encode(text) == [theirs.bos_id(), *ids]
-        assert ours.encode(text, eos=True) == [theirs.bos_id(), *ids, theirs.eos_id()]
-        assert ours.encode(text, bos=False, eos=True) == [*ids, theirs.eos_id()]
-
-
-@pytest.mark.parametrize("text, ids", [
-    ("Hello my name is", [22557, 586, 1141, 349]),
-    ("My favourite condiment is ", [1984, 16020, 2076, 2487, 349, 28705]),
-    ("This is 🦙.cpp", [851, 349, 28705, 243, 162, 169, 156, 28723, 5222]),
-    ("</s>", [1867, 28713, 28767]),
-    ("a\nb", [264, 13, 28726]),
-    ("1234", [28705, 28740, 28750, 28770, 28781]),
-    ("", []),
-    (" " * 16, [359, 28705])])
-def test_encode_gives_the_published_ids_of_mixtral_8x7b(v1, text, ids):
-    assert v1.encode(text, bos=False) == ids
-
-
-def test_user_defined_pieces_match_as_a_whole_and_longest_first(models, marked):
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(models["marked"]))
-    for text in ("thecat the", "xthe cat[X][X", "[X] the", "aththecatthe"):
-        assert marked.encode(text, bos=False) == theirs.encode(text)
-    assert marked.encode("athecat[X]", bos=False)[-2:] == [marked.ids["thecat"], marked.ids["[X]"]]
+def test_the_example_of_tokenizer_py_has_the_published_ids_of_mixtral_8x7b():
+    ids = Tokenizer(mistral_file("v1")).encode("This is 🦙", bos=False)
+    assert ids == [851, 349, 28705, 243, 162, 169, 156]
 
 
 # ------------------------------------------------------------------ other vocabularies
 
 
-def load(tmp_path, pieces, name="tokenizer_model", **files):
-    return Tokenizer(write(tmp_path / "d", **{name: model_bytes(pieces)}, **files))
+LETTERS = [(text, -9.0 - n, ORDINARY) for n, text in enumerate([SPACE, *"abc"])]
+PIECES = [*BASE, *LETTERS]
+SIZE = len(PIECES)
+
+
+def load(tmp_path, pieces=PIECES, **files):
+    return Tokenizer(write(tmp_path / "d", tokenizer_model=model_bytes(pieces), **files))
 
 
 @pytest.mark.claim
-def test_encode_and_decode_equal_sentencepiece_for_generated_vocabularies(tmp_path):
-    """Pieces that were added to a model have any scores, also equal ones, and any kind."""
-    patterns, draw = set(), random.Random(3)
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_encode_and_decode_equal_sentencepiece_for_generated_vocabularies(tmp_path, file):
+    """Pieces that were added to a model have any scores, also equal ones, and any kind.
+
+    In a tokenizer.json a merge is a text with a space in the middle, or a list of two texts.
+    """
+    draw = random.Random(3)
     for seed in range(20):
-        pieces = vocabularies.vocabulary(seed)
-        ours = load(tmp_path, pieces)
+        pieces = vocabularies.vocabulary(seed, extended=file == "tokenizer.model")
+        write(tmp_path, tokenizer_model=model_bytes(pieces),
+              tokenizer=vocabularies.tokenizer_json(pieces, lists=seed % 2))
+        ours = Tokenizer(tmp_path / file)
         theirs = sentencepiece.SentencePieceProcessor(model_proto=model_bytes(pieces))
-        patterns.add(ours.word_pattern.pattern)
         for text in vocabularies.texts_of(pieces, seed, 500):
             ids = theirs.encode(text)
             assert ours.encode(text, bos=False) == ids, (seed, text)
@@ -164,63 +137,32 @@ def test_encode_and_decode_equal_sentencepiece_for_generated_vocabularies(tmp_pa
             assert ours.decode(ids) == theirs.decode(ids), (seed, ids)
             stream = ours.stream()
             assert "".join([stream.feed(i) for i in ids]) + stream.flush() == ours.decode(ids)
-    assert len(patterns) > 1, "some vocabularies allow shorter words than others"
 
 
-LETTERS = [(text, -9.0 - n, ORDINARY) for n, text in enumerate([SPACE, *"abc"])]
-
-
-@pytest.mark.parametrize("more, text, wanted", [
-    ([("ab", -1.0, 1), ("bc", -2.0, 1)], "abc", "▁ ab c"),  # the highest score
-    ([("ab", -2.0, 1), ("bc", -1.0, 1)], "abc", "▁ a bc"),
-    ([("ab", -1.0, 1), ("bc", -1.0, 1)], "abc", "▁ ab c"),  # of equal scores the leftmost
-    ([("bc", 7.0, 1), ("ab", 7.5, 1)], "abc", "▁ ab c"),
-    ([("ab", -0.0, 1), ("bc", 0.0, 1)], "abc", "▁ a bc"),  # the first trained and a later piece
-    ([("a▁", -1.0, 1), ("a▁b", -2.0, 1)], "a b", "▁ a▁b"),  # a ▁ in the middle
-    ([("ab", -1.0, 1), ("bc", 0.0, USER_DEFINED)], "abc bcc", "▁ a bc ▁ bc c"),
-    ([("ab", 0.0, USER_DEFINED), ("abc", 0.0, USER_DEFINED)], "abcab", "▁ abc ab"),
-    ([("▁a", 0.0, USER_DEFINED)], "ab a", "▁a b ▁a"),
-    ([("ab", -1.0, CONTROL)], "ab", "▁ a b")])
-def test_appended_pieces_are_merged_by_score_and_matched_by_kind(tmp_path, more, text, wanted):
-    ours = load(tmp_path, [*BASE, *LETTERS, *more])
-    assert [ours.pieces[i] for i in ours.encode(text, bos=False)] == wanted.split(" ")
+def test_a_score_of_0_is_above_that_of_minus_0_which_the_first_merge_of_a_training_has(tmp_path):
+    ours = load(tmp_path, [*PIECES, ("ab", -0.0, ORDINARY), ("bc", 0.0, ORDINARY)])
+    assert [ours.pieces[i] for i in ours.encode("abc", bos=False)] == [SPACE, "a", "bc"]
 
 
 def test_the_files_of_a_directory_have_an_order(tmp_path):
     """tokenizer.model, then the highest version, then tokenizer.json."""
-    pieces, size = [*BASE, *LETTERS], len([*BASE, *LETTERS])
+    refused(tmp_path / "tokenizer.model", "No such file")
     more = [(f"[{n}]", 0.0, CONTROL) for n in range(5)]
-    write(tmp_path, tokenizer=vocabularies.tokenizer_json([*pieces, *more[:1]]))
-    assert Tokenizer(tmp_path).vocab_size == size + 1
+    write(tmp_path, tokenizer=vocabularies.tokenizer_json([*PIECES, *more[:1]]))
+    assert Tokenizer(tmp_path).vocab_size == SIZE + 1
     for n, name in enumerate([".v1", ".v2", ".v3", ""], 1):
-        (tmp_path / f"tokenizer.model{name}").write_bytes(model_bytes([*pieces, *more[:n]]))
-        assert Tokenizer(tmp_path).vocab_size == size + n
+        (tmp_path / f"tokenizer.model{name}").write_bytes(model_bytes([*PIECES, *more[:n]]))
+        assert Tokenizer(tmp_path).vocab_size == SIZE + n
     for file in tmp_path.iterdir():  # and each can be given itself
-        assert Tokenizer(file).vocab_size > size
+        assert Tokenizer(file).vocab_size > SIZE
 
 
 # ------------------------------------------------------------------ tokenizer.json
 
 
-@pytest.mark.parametrize("lists", [False, True])
-def test_tokenizer_json_alone_gives_the_ids_and_texts_of_tokenizer_model(tmp_path, lists):
-    for seed in range(10):
-        pieces = vocabularies.vocabulary(seed, extended=False)
-        whole = Tokenizer(write(tmp_path / "a", tokenizer_model=model_bytes(pieces)))
-        other = Tokenizer(write(
-            tmp_path / "b", tokenizer=vocabularies.tokenizer_json(pieces, lists=lists)))
-        for name in ("pieces", "control_ids", "byte_ids", "bos_id", "eos_id", "unk_id"):
-            assert getattr(whole, name) == getattr(other, name), name
-        for text in vocabularies.texts_of(pieces, seed, 100):
-            ids = whole.encode(text)
-            assert other.encode(text) == ids, text
-            assert other.decode(ids) == whole.decode(ids)
-
-
 def test_the_merges_of_a_tokenizer_json_are_of_pairs(tmp_path):
     """"abc" is a piece, but no merge makes it of "a" and "bc"."""
-    raw = vocabularies.tokenizer_json([*BASE, *LETTERS, ("bc", 0.0, 1), ("ab", -1.0, 1),
-                                       ("abc", -2.0, 1)])
+    raw = vocabularies.tokenizer_json([*PIECES, ("bc", 0.0, 1), ("ab", -1.0, 1), ("abc", -2.0, 1)])
     for merges, wanted in ((["b c", "a b", "ab c"], "▁ a bc"), (["b c", "a bc"], "▁ abc")):
         raw["model"]["merges"] = merges
         ours = Tokenizer(write(tmp_path, tokenizer=raw))
@@ -234,8 +176,7 @@ def test_the_merges_of_a_tokenizer_json_are_of_pairs(tmp_path):
     ("never", {("a", True): "a", (" a", True): "▁ a", ("a", False): "a"}),
     ("replace", {("a", True): "a", (" a", True): "▁ a", ("a", False): "a"})])
 def test_each_form_of_tokenizer_json_has_its_own_rule_for_the_first_space(tmp_path, form, ids_of):
-    ours = Tokenizer(write(tmp_path, tokenizer=vocabularies.tokenizer_json(
-        [*BASE, *LETTERS], form)))
+    ours = Tokenizer(write(tmp_path, tokenizer=vocabularies.tokenizer_json(PIECES, form)))
     for (text, first), wanted in ids_of.items():
         ids = ours.encode(text, bos=False, first=first)
         assert [ours.pieces[i] for i in ids] == wanted.split(" ")
@@ -243,37 +184,28 @@ def test_each_form_of_tokenizer_json_has_its_own_rule_for_the_first_space(tmp_pa
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}, "ByteLevel"),
+    ({"pre_tokenizer": {"type": "ByteLevel"}}, "ByteLevel"),
     (vocabularies.metaspace("first", split=True), "'split': True"),
     ({"normalizer": {"type": "NFKC"}}, "NFKC"), ({"normalizer": None}, "'normalizer': None"),
-    ({"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}, "Unigram"),
-    ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, "WordPiece"),
-    ({"model": {"type": "BPE", "byte_fallback": False, "merges": [], "vocab": {"a": 0}}},
-     "byte_fallback"),
-    ({"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "dropout": 0.1}}, "dropout"),
-    ({"model": {"type": "BPE", "byte_fallback": True, "merges": [], "vocab": {"a": 1}}}, "ids"),
-    ({"model": {"type": "BPE", "byte_fallback": True, "merges": [], "vocab": {"a": 0}}}, "<unk>"),
-    ({"model": {"type": "BPE", "byte_fallback": True, "merges": ["a b"], "vocab": {}}}, "merge"),
-    ({"model": {"type": "BPE", "byte_fallback": True, "merges": [["", "a"]], "vocab": {"a": 0}}},
-     "merge"),
-    ({"model": []}, "list"), ({"added_tokens": [{"id": 5}]}, "content")])
+    ({"model": {"type": "Unigram"}}, "Unigram"),
+    ({"model": {"byte_fallback": False}}, "byte_fallback"),
+    ({"model": {"dropout": 0.1}}, "dropout"), ({"model": {"vocab": {"a": 1}}}, "ids"),
+    ({"model": {"vocab": {"a": 0}}}, "<unk>"), ({"model": {"merges": ["a b"]}}, "merge"),
+    ({"model": {"merges": [["", "a"]]}}, "merge")])
 def test_another_kind_of_tokenizer_json_is_refused_by_name(tmp_path, change, words):
-    raw = vocabularies.tokenizer_json([*BASE, *LETTERS])
+    raw = vocabularies.tokenizer_json(PIECES)
     file = write(tmp_path, tokenizer=raw) / "tokenizer.json"
     assert Tokenizer(file).encode("a")
-    write(tmp_path, tokenizer=raw | change)
+    write(tmp_path, tokenizer=raw | change | {"model": raw["model"] | change.get("model", {})})
     refused(file, words)
 
 
 # ------------------------------------------------------------------ added tokens
 
 
-SIZE = len(BASE) + len(LETTERS)
-PLAIN = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
-
-
-def token(content, special=True, **changes):
-    return {"content": content, "special": special} | PLAIN | changes
+def token(content, special=True):
+    plain = dict.fromkeys(("normalized", "single_word", "lstrip", "rstrip"), False)
+    return {"content": content, "special": special} | plain
 
 
 def in_added_tokens(tokens):
@@ -285,47 +217,33 @@ def in_tokenizer_config(tokens):
 
 
 def in_tokenizer_json(tokens):
-    return {"tokenizer": vocabularies.tokenizer_json(
-        [*BASE, *LETTERS], added=[{"id": i} | each for i, each in tokens.items()])}
-
-
-@pytest.mark.parametrize("place", [in_added_tokens, in_tokenizer_config, in_tokenizer_json])
-@pytest.mark.parametrize("alone", [False, True], ids=["tokenizer.model", "tokenizer.json"])
-def test_special_added_tokens_are_control_pieces(tmp_path, place, alone):
-    """Their ids may have gaps. They have no text, and no text encodes to them."""
-    if alone:
-        write(tmp_path / "d", **in_tokenizer_json({}))
-        (tmp_path / "d" / "tokenizer.model").unlink(missing_ok=True)
-    else:
-        write(tmp_path / "d", tokenizer_model=model_bytes([*BASE, *LETTERS]))
-    plain = Tokenizer(tmp_path / "d")
-    ours = Tokenizer(write(tmp_path / "d", **place({SIZE: token("<a>"), SIZE + 3: token("<b>")})))
-    assert plain.vocab_size == ours.vocab_size == len(ours.pieces) == SIZE
-    assert {i: ours.texts[i] for i in ours.texts if i >= SIZE} == {SIZE: "<a>", SIZE + 3: "<b>"}
-    assert ours.control_ids == plain.control_ids | {"<a>": SIZE, "<b>": SIZE + 3}
-    assert ours.decode([SIZE, *plain.encode("a b"), SIZE + 1, SIZE + 3]) == "a b"
-    assert ours.encode("a<a>b") == plain.encode("a<a>b")
+    added = [{"id": i} | each for i, each in tokens.items()]
+    return {"tokenizer": vocabularies.tokenizer_json(PIECES, added=added)}
 
 
 @pytest.mark.parametrize("place", [in_tokenizer_config, in_tokenizer_json])
-def test_other_added_tokens_have_a_text_and_no_text_encodes_to_them(tmp_path, place):
-    ours = load(tmp_path, [*BASE, *LETTERS], **place({SIZE: token("<a>", False)}))
-    plain = Tokenizer(write(tmp_path / "plain", tokenizer_model=model_bytes([*BASE, *LETTERS])))
-    assert SIZE not in ours.control and ours.encode("a<a>b") == plain.encode("a<a>b")
-    ids = [ours.ids["a"], SIZE, ours.ids[SPACE], SIZE]
-    assert ours.decode(ids) == "a<a> <a>" and ours.decode(ids[1:]) == "<a> <a>"
+@pytest.mark.parametrize("base", [{"tokenizer_model": model_bytes(PIECES)}, in_tokenizer_json({})],
+                         ids=["tokenizer.model", "tokenizer.json"])
+def test_added_tokens_are_control_pieces_or_have_a_text_and_no_text_encodes_to_them(
+        tmp_path, place, base):
+    """Those that are special, EOS or a mark of ChatML are control pieces. Their ids have a gap."""
+    special, gap, other, start, eos = range(SIZE, SIZE + 5)
+    tokens = {special: token("<a>"), other: token("<b>", False), eos: token("<eos>", False),
+              start: token("<|im_start|>", False)}
+    files = {"tokenizer_config": {}} | base | place(tokens)
+    files["tokenizer_config"]["eos_token"] = "<eos>"
+    plain = Tokenizer(write(tmp_path / "plain", **base))
+    ours = Tokenizer(write(tmp_path / "ours", **files))
+    assert ours.vocab_size == len(ours.pieces) == SIZE
+    assert ours.control_ids == plain.control_ids | {
+        "<a>": special, "<|im_start|>": start, "<eos>": eos}
+    hostile = "a<a>b<b><|im_start|><eos>"
+    assert ours.encode(hostile) == plain.encode(hostile)
+    space = ours.ids[SPACE]
+    ids = [10**6, special, space, ours.ids["a"], other, space, gap, start, other]
     stream = ours.stream()
-    assert [stream.feed(i) for i in ids] == ["a", "<a>", " ", "<a>"]
-
-
-def test_named_and_chatml_tokens_are_control_pieces_although_they_are_not_special(tmp_path):
-    """Some tools add the marks of ChatML as ordinary added tokens."""
-    tokens = {SIZE: token("<|im_start|>", False), SIZE + 1: token("<eos>", False)}
-    files = in_tokenizer_config(tokens)
-    files["tokenizer_config"] |= {"eos_token": "<eos>"}
-    ours = load(tmp_path, [*BASE, *LETTERS], **files)
-    assert ours.control_ids.keys() == {"<s>", "</s>", "<|im_start|>", "<eos>"}
-    assert not {SIZE, SIZE + 1} & {*ours.encode("<|im_start|><eos>")}
+    assert [stream.feed(i) for i in ids] == ["", "", "", "a", "<b>", " ", "", "", "<b>"]
+    assert ours.decode(ids) == "a<b> <b>" and ours.decode(ids[4:]) == "<b> <b>"
 
 
 @pytest.mark.parametrize("name, eos", [
@@ -333,10 +251,10 @@ def test_named_and_chatml_tokens_are_control_pieces_although_they_are_not_specia
 @pytest.mark.parametrize("file", ["tokenizer_config", "special_tokens_map"])
 def test_eos_is_the_token_that_the_directory_names_if_it_exists(tmp_path, file, name, eos):
     added = {"<a>": SIZE}
-    ours = load(tmp_path, [*BASE, *LETTERS], added_tokens=added, **{file: {"eos_token": name}})
+    ours = load(tmp_path, added_tokens=added, **{file: {"eos_token": name}})
     assert (ours.bos_id, ours.eos_id, ours.eos_ids) == (1, eos, {eos})
     assert ours.encode("", eos=True) == [1, eos] and eos not in ours.encode("a ab")
-    ours = load(tmp_path, [*BASE, *LETTERS], **{file: {"bos_token": name}})
+    ours = load(tmp_path, **{file: {"bos_token": name}})
     assert (ours.bos_id, ours.eos_id) == (1 if eos == 2 else eos, 2)
 
 
@@ -354,35 +272,23 @@ def test_bos_is_left_out_if_one_of_two_files_says_so(tmp_path, frame, add):
 @pytest.mark.parametrize("tokens", [
     {SIZE - 1: token("<a>")}, {-1: token("<a>")}, {SIZE: token(5)}, {"x": token("<a>")}])
 def test_added_tokens_that_would_give_wrong_ids_are_refused(tmp_path, tokens):
-    load(tmp_path, [*BASE, *LETTERS], **in_tokenizer_config({SIZE: token("<a>", False)}))
+    load(tmp_path, **in_tokenizer_config({SIZE: token("<a>", False)}))
     write(tmp_path / "d", **in_tokenizer_config(tokens))
     with pytest.raises(ValueError, match="tokenizer.model"):
         Tokenizer(tmp_path / "d")
 
 
-@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1\noid 0", ""])
-@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "added_tokens.json"])
-def test_an_empty_file_and_a_git_lfs_pointer_are_called_that(tmp_path, name, content):
-    write(tmp_path, **in_tokenizer_json({}))
-    if name != "tokenizer.json":
-        write(tmp_path, tokenizer_model=model_bytes([*BASE, *LETTERS]), added_tokens={})
-    assert Tokenizer(tmp_path)
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=f"{name}.*empty, or a Git LFS.*git lfs pull"):
-        Tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["added_tokens", "tokenizer_config", "tokenizer"])
-def test_json_may_begin_with_a_byte_order_mark_and_must_be_an_object(tmp_path, name):
-    write(tmp_path, tokenizer_model=model_bytes([*BASE, *LETTERS]))
-    places = {"added_tokens": in_added_tokens, "tokenizer_config": in_tokenizer_config,
-              "tokenizer": in_tokenizer_json}
-    file = write(tmp_path, **places[name]({SIZE: token("<é>")})) / f"{name}.json"
+@pytest.mark.parametrize("name, place", [
+    ("added_tokens", in_added_tokens), ("tokenizer_config", in_tokenizer_config),
+    ("tokenizer", in_tokenizer_json)])
+def test_json_may_begin_with_a_byte_order_mark_and_must_be_an_object(tmp_path, name, place):
+    write(tmp_path, tokenizer_model=model_bytes(PIECES))
+    file = write(tmp_path, **place({SIZE: token("<é>")})) / f"{name}.json"
     file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
-    assert Tokenizer(tmp_path).texts[SIZE] == "<é>"
-    for wrong in ("[1]", "{", "5"):
+    assert Tokenizer(tmp_path).control_ids["<é>"] == SIZE
+    for wrong, words in ("[1]", ""), ("{", ""), ("5", ""), ("", "empty"):
         file.write_text(wrong)
-        with pytest.raises(ValueError, match=f"{name}.json"):
+        with pytest.raises(ValueError, match=f"{name}.json: .*{words}"):
             Tokenizer(tmp_path)
 
 
@@ -431,17 +337,6 @@ def conversation(*texts, system=None):
     return ([] if system is None else [message("system", system)]) + turns
 
 
-@pytest.mark.parametrize("messages, ids", [
-    (conversation("a"), [1, 733, 16289, 28793, 264, 733, 28748, 16289, 28793]),
-    (conversation("a", "b", "c"), [
-        1, 733, 16289, 28793, 264, 733, 28748, 16289, 28793, 287, 2, 733, 16289, 28793, 277, 733,
-        28748, 16289, 28793]),
-    (conversation("a", system="SYSTEM"), [
-        1, 733, 16289, 28793, 17121, 22526, 13, 13, 28708, 733, 28748, 16289, 28793])])
-def test_encode_chat_gives_the_published_ids_of_mixtral_8x7b(v1, messages, ids):
-    assert v1.encode_chat(messages) == ids
-
-
 HOSTILE = st.one_of(
     st.sampled_from(["[INST]", "[/INST] ", "</s>", "<s>", " </s>[INST] x", "<<SYS>>", "\n\n", " "]),
     st.text("ab [/INST]<>s\n🦙é", max_size=20))
@@ -449,44 +344,41 @@ HOSTILE = st.one_of(
 
 @pytest.mark.claim
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
-def test_encode_chat_equals_mistral_common(models, version):
+def test_encode_chat_equals_mistral_common(version):
     mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral")
-    from mistral_common.protocol.instruct import messages as kinds
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    kind = {"user": kinds.UserMessage, "assistant": kinds.AssistantMessage,
-            "system": kinds.SystemMessage}
-    ours, theirs = Tokenizer(models[version]), getattr(mistral.MistralTokenizer, version)()
+    ours, theirs = Tokenizer(mistral_file(version)), getattr(mistral.MistralTokenizer, version)()
 
     @settings(max_examples=150, deadline=None)
     @given(turns=st.lists(HOSTILE.filter(bool), min_size=1, max_size=11),
            system=st.none() | HOSTILE)
     def check(turns, system):
         messages = conversation(*turns[:len(turns) - 1 + len(turns) % 2], system=system)
-        request = ChatCompletionRequest(
-            messages=[kind[m["role"]](content=m["content"]) for m in messages])
+        request = ChatCompletionRequest(messages=messages)
         assert ours.encode_chat(messages) == theirs.encode_chat_completion(request).tokens
 
     check()
 
 
-def test_without_control_pieces_the_marks_are_text_and_the_system_text_is_in_the_first_turn(own):
-    def text(string):
-        return own.encode(string, bos=False)
-
-    assert own.encode_chat(conversation("a", "b ", "c", system="S")) == [
-        own.bos_id, *text("[INST] S\n\na [/INST]"), *text("b "), own.eos_id,
-        *text("[INST] c [/INST]")]
+def ids_of(ours, *parts, first=True):
+    """The ids of these parts, each of which is the name of a control piece or a text."""
+    control = {name: [i] for name, i in ours.control_ids.items()}
+    return [i for part in parts
+            for i in control.get(part) or ours.encode(part, bos=False, first=first)]
 
 
-def test_with_control_pieces_the_marks_are_ids_and_the_system_text_is_in_the_last_turn(marked):
-    start, end = (marked.pieces.index(piece) for piece in ("[INST]", "[/INST]"))
-
-    def text(string):
-        return marked.encode(string, bos=False)
-
-    assert marked.encode_chat(conversation("a", "b ", "c", system="S")) == [
-        marked.bos_id, start, *text("a"), end, *text("b"), marked.eos_id,
-        start, *text("S\n\nc"), end]
+def test_in_v1_marks_are_text_and_the_system_text_comes_first_and_later_both_change(tiny, marked):
+    """In all versions, an answer can also be the ids that were generated."""
+    for ours, before, answer, after in (
+            (tiny, ["<s>", "[INST] S\n\na [/INST]"], "b ", ["</s>", "[INST] c [/INST]"]),
+            (marked, ["<s>", "[INST]", "a", "[/INST]"], "b",
+             ["</s>", "[INST]", "S\n\nc", "[/INST]"])):
+        before, after = ids_of(ours, *before), ids_of(ours, *after)
+        assert ours.encode_chat(conversation("a", "b ", "c", system="S")) == [
+            *before, *ids_of(ours, answer), *after]
+        drawn = [ours.byte_ids[b] for b in b"b "]
+        assert ours.encode_chat(conversation("a", drawn, "c", system="S")) == [
+            *before, *drawn, *after]
 
 
 def test_no_text_and_no_message_encodes_to_a_control_id_or_the_unknown_id(both):
@@ -497,16 +389,6 @@ def test_no_text_and_no_message_encodes_to_a_control_id_or_the_unknown_id(both):
     ids = ours.encode_chat(conversation(hostile, hostile, hostile, system=hostile))
     marks = [ours.control_ids[name] for name in ("[INST]", "[/INST]") if name in ours.control_ids]
     assert [i for i in ids if i in ours.control] == [ours.bos_id, *marks, ours.eos_id, *marks]
-
-
-def test_an_answer_can_be_the_ids_that_were_generated(both):
-    ours, _ = both
-    text, ids = ours.encode("b c", bos=False), [ours.byte_ids[b] for b in b"b c"]
-    before, after = [ours.encode_chat(conversation(x)) for x in ("a", "d")]
-    expected = [*before, *ids, ours.eos_id, *after[1:]]
-    assert ours.encode_chat(conversation("a", ids, "d")) == expected
-    assert ours.encode_chat(conversation("a", text, "d")) == ours.encode_chat(
-        conversation("a", "b c", "d")) != expected
 
 
 # ------------------------------------------------------------------ ChatML
@@ -521,29 +403,49 @@ def chat_files(template=CHATML, tokens=MARKS, **settings):
     return files
 
 
-def shown(ours, ids):
-    """The pieces of ids as one text, in which control pieces stand out."""
-    names = {i: f"{{{text}}}" for text, i in ours.control_ids.items()}
-    names |= {ours.ids[SPACE]: "▁", ours.byte_ids[10]: "\\n"}
-    return " ".join(names.get(i) or ours.pieces[i] for i in ids)
+WRITTEN = """<|im_start|>system
+a<|im_end|>
+<|im_start|>user
+ b<|im_end|>
+<|im_start|>assistant
+c <|im_end|>
+<|im_start|>user
+<|im_end|>
+<|im_start|>assistant
+"""
+ON_LINES = """{% for m in messages %}
+    {% if m.role %}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+    {% endif %}
+{% endfor %}
+{{ '<|im_start|>assistant\n' }}"""
 
 
-def test_chatml_puts_marks_around_each_message(tmp_path):
-    ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(legacy=False))
-    text = [ours.encode(text, bos=False, first=False) for text in (
-        "system\na", "user\n b", "assistant\nc ", "user\n", "assistant\n")]
-    start, end, [newline] = SIZE + 1, SIZE, ours.encode("\n", bos=False, first=False)
-    assert ours.encode_chat(conversation(" b", "c ", "", system="a")) == [
-        *(i for part in text[:4] for i in (start, *part, end, newline)), start, *text[4]]
+@pytest.mark.parametrize("template, written", [
+    (CHATML, WRITTEN), ("{{ bos_token }}" + CHATML, "<s>" + WRITTEN), (ON_LINES, WRITTEN),
+    (CHATML.replace(" + '\n'}}", "}}"), WRITTEN.replace("<|im_end|>\n", "<|im_end|>")),
+    ("<|im_start|>system\nab<|im_end|>\n" + CHATML,
+     "<|im_start|>system\nab<|im_end|>\n" + WRITTEN)])
+def test_chatml_is_what_the_template_writes(tmp_path, template, written):
+    """An answer can also be the ids that were generated."""
+    ours = load(tmp_path, **chat_files(template, legacy=False))
+
+    def ids(text):
+        return ids_of(ours, *re.split(r"(<s>|<\|im_start\|>|<\|im_end\|>)", text), first=False)
+
+    assert ours.encode_chat(conversation(" b", "c ", "", system="a")) == ids(written)
+    answer, (before, after) = [ours.byte_ids[b] for b in b"c "], written.split("c ")
+    assert ours.encode_chat(conversation(" b", answer, "", system="a")) == [
+        *ids(before), *answer, *ids(after)]
 
 
 @pytest.mark.parametrize("settings, space", [
     ({}, 1), ({"legacy": True}, 1), ({"legacy": None}, 1), ({"legacy": False}, 0)])
 def test_with_a_tokenizer_model_legacy_decides_whether_a_space_follows_a_mark(
         tmp_path, settings, space):
-    ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(**settings))
-    ids = ours.encode_chat(conversation("a"))
-    assert ids.count(ours.ids[SPACE]) == 3 * space
+    ours = load(tmp_path, **chat_files(**settings))
+    assert ours.encode_chat(conversation("a")).count(ours.ids[SPACE]) == 3 * space
 
 
 @pytest.mark.parametrize("file, form", [
@@ -551,37 +453,10 @@ def test_with_a_tokenizer_model_legacy_decides_whether_a_space_follows_a_mark(
 def test_the_chat_template_is_found(tmp_path, file, form):
     template = CHATML if form == "text" else [
         {"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-    load(tmp_path, [*BASE, *LETTERS], **chat_files("x" if file else template))
+    load(tmp_path, **chat_files("x" if file else template))
     if file:
         (tmp_path / "d" / file).write_text(template)
     assert Tokenizer(tmp_path / "d").encode_chat(conversation("a"))[0] == SIZE + 1
-
-
-CONTENT = "message['content'] + '<|im_end|>' + '\\n'"
-ONE = "{{'<|im_start|>' + message['role'] + '\\n' + " + CONTENT + "}}"
-ASK = "{{'<|im_start|>assistant\\n'}}"
-
-
-@pytest.mark.parametrize("template, before, after", [
-    ("{{bos_token}}{% for message in messages %}" + ONE + "{% endfor %}" + ASK, "{<s>} ", "\\n"),
-    ("{% for message in messages %}" + ONE.replace(" + '\\n'}}", "}}") + "{% endfor %}" + ASK,
-     "", ""),
-    ("{%- for m in messages %}\n    {%- if m.role == 'user' %}\n"
-     "        {{- '<|im_start|>user\\n' }}\n"
-     "        {{- m.content ~ '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
-     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}",
-     "", "\\n"),
-    ("{% if messages[0].role != 'system' %}<|im_start|>system\nab<|im_end|>\n{% endif %}"
-     "{% for message in messages %}" + ONE + "{% endfor %}" + ASK,
-     "{<|im_start|>} s y s t e m \\n a b {<|im_end|>} \\n ", "\\n")])
-def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, after):
-    ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(template, legacy=False))
-    text = shown(ours, ours.encode_chat(conversation("ab")))
-    for letter in "systemurin":
-        text = text.replace(f"<0x{ord(letter):02X}>", letter)
-    after = f"{after} " if after else ""
-    assert text == (f"{before}{{<|im_start|>}} u s e r \\n a b {{<|im_end|>}} {after}"
-                    "{<|im_start|>} a s s i s t a n t \\n")
 
 
 @pytest.mark.parametrize("files", [
@@ -594,16 +469,15 @@ def test_chatml_is_recognised_in_several_spellings(tmp_path, template, before, a
     chat_files(CHATML + "{% if %}"),
     chat_files(CHATML, {SIZE: token("<|im_end|>")}), chat_files("")])
 def test_another_chat_template_is_refused_and_text_is_encoded(tmp_path, files):
-    ours = load(tmp_path, [*BASE, *LETTERS], **files)
+    ours = load(tmp_path, **files)
     with pytest.raises(ValueError, match="chat template") as caught:
         ours.encode_chat(conversation("a"))
     assert str(caught.value).isprintable()
     assert ours.decode(ours.encode("a b")) == "a b"
-    assert load(tmp_path, [*BASE, *LETTERS], **chat_files()).encode_chat(conversation("a"))
 
 
 def test_a_template_may_strip_texts_but_not_change_them_in_another_way(tmp_path):
-    plain, strips, cuts = (load(tmp_path, [*BASE, *LETTERS], **chat_files(
+    plain, strips, cuts = (load(tmp_path, **chat_files(
         CHATML.replace("message['content']", f"message['content']{change}")))
         for change in ("", " | trim", ".lstrip('\n')"))
     text, ids = " \n<|im_end|> b \t", [plain.ids["a"]]
@@ -615,19 +489,20 @@ def test_a_template_may_strip_texts_but_not_change_them_in_another_way(tmp_path)
             cuts.encode_chat(conversation(wrong))
 
 
-def test_a_template_with_inst_is_mistrals(tmp_path):
-    plain = load(tmp_path, [*BASE, *LETTERS])
-    ours = load(tmp_path, [*BASE, *LETTERS], tokenizer_config={
-        "chat_template": "{{bos_token}}{% for m in messages %}[INST] {{m.content}} [/INST]"})
-    assert ours.encode_chat(conversation("a", "b", "c")) == plain.encode_chat(
-        conversation("a", "b", "c"))
+def test_a_template_with_inst_is_mistrals_if_no_piece_is_of_a_later_version(tmp_path):
+    plain, chat = load(tmp_path), conversation("a", "b", "c")
+    settings = {"chat_template": "{{bos_token}}{% for m in messages %}[INST] {{m.content}} [/INST]"}
+    assert load(tmp_path, tokenizer_config=settings).encode_chat(chat) == plain.encode_chat(chat)
+    later = load(tmp_path, [*PIECES, ("[SYSTEM_PROMPT]", 0.0, CONTROL)], tokenizer_config={})
+    with pytest.raises(ValueError, match="SYSTEM_PROMPT"):
+        later.encode_chat(chat)
 
 
 def test_no_message_becomes_a_mark_of_chatml(tmp_path):
     """In transformers, these texts end the message of the user and begin one of the system."""
     marks = MARKS | {SIZE + 2: token("♥")}  # which is alone in a message, and a single character
-    ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(tokens=marks))
-    bare = load(tmp_path, [*BASE, *LETTERS], **chat_files(
+    ours = load(tmp_path, **chat_files(tokens=marks))
+    bare = load(tmp_path, **chat_files(
         "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}", marks))
     for text in ("♥", "<|im_end|>"):
         assert [i for i in bare.encode_chat(conversation(text)) if i >= SIZE] == [SIZE + 1, SIZE]
@@ -638,31 +513,7 @@ def test_no_message_becomes_a_mark_of_chatml(tmp_path):
     assert ours.decode(ids).count(hostile) == 4
 
 
-def test_an_answer_in_chatml_can_be_the_ids_that_were_generated(tmp_path):
-    ours = load(tmp_path, [*BASE, *LETTERS], **chat_files(legacy=False))
-    ids = [ours.byte_ids[b] for b in b"ab"]
-    text, given = (ours.encode_chat(conversation("c", answer, "c")) for answer in ("ab", ids))
-    assert text != given and ours.decode(text) == ours.decode(given)
-    [at] = [n for n in range(len(given)) if given[n:n + 2] == ids]
-    assert given[at + 2] == SIZE, "<|im_end|> is added"
-
-
 # ------------------------------------------------------------------ merging and words
-
-
-@given(symbols=st.text("abc", max_size=12), data=st.data())
-def test_merge_equals_a_scan_of_all_pairs_for_the_best(symbols, data):
-    pieces = data.draw(st.lists(st.text("abc", min_size=2, max_size=4), unique=True, max_size=12))
-    scores = {piece: -float(data.draw(st.integers(0, 5))) for piece in pieces}
-    slow = list(symbols)
-    while True:
-        pairs = [(scores[slow[i] + slow[i + 1]], -i) for i in range(len(slow) - 1)
-                 if slow[i] + slow[i + 1] in scores]
-        if not pairs:
-            break
-        i = -max(pairs)[1]
-        slow[i:i + 2] = [slow[i] + slow[i + 1]]
-    assert merge(symbols, scores) == slow
 
 
 def test_merge_looks_at_no_more_than_three_pairs_per_character():
@@ -679,7 +530,7 @@ def test_merge_looks_at_no_more_than_three_pairs_per_character():
         assert scores.looked_up <= 3 * n
 
 
-def test_a_word_ends_where_no_piece_goes_on(both, models, marked):
+def test_a_word_ends_where_no_piece_goes_on(both, marked):
     ours, _ = both
     text = " one, việt".replace(" ", SPACE)
     if ours.pieces == marked.pieces:  # some of its pieces join v, i and ệ
@@ -688,11 +539,11 @@ def test_a_word_ends_where_no_piece_goes_on(both, models, marked):
         assert ours.word_pattern.findall(text) == [f"{SPACE}one", ",", f"{SPACE}vi", "ệ", "t"]
 
 
-def test_the_number_and_length_of_remembered_words_are_bounded(models, monkeypatch):
+def test_the_number_and_length_of_remembered_words_are_bounded(tiny, monkeypatch):
     monkeypatch.setattr(tokenizer, "MAX_WORDS", 8)
-    ours = Tokenizer(models["own"])
+    ours = Tokenizer(TINY)
     text = " ".join(f"x{n}" for n in range(100)) + " " + "y" * 1000
-    assert ours.encode(text) == Tokenizer(models["own"]).encode(text)
+    assert ours.encode(text) == tiny.encode(text)
     assert 0 < len(ours.word_ids) <= 8 and max(map(len, ours.word_ids)) <= 32
 
 
@@ -701,23 +552,16 @@ def test_the_number_and_length_of_remembered_words_are_bounded(models, monkeypat
 
 @pytest.mark.parametrize("text, words", [
     ("\ud800", "position 0"), ("a\udcffb", "position 1"), (b"a", "bytes"), (None, "NoneType")])
-def test_what_is_not_unicode_text_is_refused(own, text, words):
+def test_what_is_not_unicode_text_is_refused(tiny, text, words):
     with pytest.raises(ValueError, match=words):
-        own.encode(text)
+        tiny.encode(text)
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.0, "a", True, None])
-def test_what_is_no_id_is_refused(own, wrong):
-    own.decode([5, 6])
+def test_what_is_no_id_is_refused(tiny, wrong):
+    tiny.decode([5, 6])
     with pytest.raises(ValueError, match=f"got {wrong!r}"):
-        own.decode([5, wrong])
-
-
-def test_an_id_without_a_piece_has_no_text(own):
-    """The embedding of a model may have more rows than the tokenizer has pieces."""
-    for more in (own.vocab_size, 10**6):
-        ids = own.encode("the", bos=False)
-        assert own.decode([more, *ids, more, *ids]) == own.decode(ids + ids) == "the the"
+        tiny.decode([5, wrong])
 
 
 @pytest.mark.parametrize("messages", [
@@ -726,19 +570,12 @@ def test_an_id_without_a_piece_has_no_text(own):
     [message("system", "a")], conversation("a") * 2, conversation("a") * 3,
     conversation("a", system="b") * 2, [message("user", None)], conversation("a", (5,), "b"),
     conversation("a", system=[5]), conversation([5])])
-def test_malformed_conversations_are_refused_in_one_line(own, messages):
+def test_malformed_conversations_are_refused_in_one_line(tiny, messages):
     with pytest.raises(ValueError, match="^chat: wanted texts of") as caught:
-        own.encode_chat(messages)
+        tiny.encode_chat(messages)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="lone surrogate"):
-        own.encode_chat(conversation("a\ud800"))
-
-
-def test_a_tokenizer_with_a_later_chat_template_is_refused(tmp_path):
-    path = train(tmp_path / "tokenizer.model",
-                 control_symbols=["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"])
-    with pytest.raises(ValueError, match="SYSTEM_PROMPT"):
-        Tokenizer(path).encode_chat(conversation("a"))
+        tiny.encode_chat(conversation("a\ud800"))
 
 
 def refused(path, words="not usable"):
@@ -758,14 +595,3 @@ def refused(path, words="not usable"):
     ({"unk_surface": " ? "}, "decodes")])
 def test_a_model_of_another_kind_is_refused(tmp_path, options, words):
     refused(train(tmp_path / "tokenizer.model", **options), words)
-
-
-def test_a_damaged_an_empty_a_foreign_and_a_missing_file_are_refused(models, tmp_path, capfd):
-    sentencepiece.set_min_log_level(0)  # the default, which the trainer may have changed
-    path, whole = tmp_path / "tokenizer.model", models["own"].read_bytes()
-    for content in (whole[:2000], whole.replace(b"<0x41>", b"<0x\n1>"), b"", b'{"model": 1}'):
-        path.write_bytes(content)
-        refused(path)
-    path.unlink()
-    refused(path, "No such file")
-    assert capfd.readouterr().err == ""

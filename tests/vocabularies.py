@@ -33,7 +33,7 @@ def field(number, content):
     return bytes([number << 3 | 2]) + length + bytes([size]) + content
 
 
-def model_bytes(pieces, **spec):
+def model_bytes(pieces):
     """A tokenizer.model with these pieces, each (text, score, kind), of BPE with byte fallback."""
     written = [field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score)
                      + (b"\x18" + bytes([kind])) * (kind != ORDINARY))

@@ -1,23 +1,26 @@
 """4-bit checkpoints for the tests: written, read bit by bit, and loaded without tuned layers."""
 
-import json
-
 import torch
 from conftest import save
 
 from convert import write_safetensors
-from fast.int4 import compress, scheme_of, use_int4
+from fast.int4 import pack, quantise, scheme_of, use_int4
 from mixtral import Mixtral, MixtralConfig, assemble, read_json, read_weights
+
+
+def in_4_bits(name, weight, G, dtype):
+    """The three tensors of a matrix in 4 bits by name, with scales of this dtype."""
+    q, scale = quantise(weight.float(), G, dtype)
+    return {f"{name}_packed": pack(q), f"{name}_scale": scale,
+            f"{name}_shape": torch.tensor(weight.shape)}
 
 
 def save_int4(model, directory, G):
     """Write a model with its experts in 4 bits, in groups of G and with scales of its dtype."""
-    tensors = model.state_dict()
-    for name in [name for name in tensors if ".experts." in name]:
-        weight = tensors.pop(name)
-        packed, scale, _, _ = compress(weight, G, weight.dtype)
-        tensors |= {f"{name}_packed": packed, f"{name}_scale": scale,
-                    f"{name}_shape": torch.tensor(weight.shape)}
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        tensors |= in_4_bits(name, weight, G, weight.dtype) if ".experts." in name else {
+            name: weight}
     save(model, directory, quantization_config=scheme_of(G))
     write_safetensors(directory / "model.safetensors", tensors)
     return directory
@@ -53,17 +56,3 @@ def dequantised_model(directory):
     model = Mixtral(MixtralConfig.from_dict(read_json(directory / "config.json")))
     model.double().eval().requires_grad_(False).load_state_dict(dequantised(directory))
     return model
-
-
-def change_config(directory, path, value):
-    """Set the field of config.json at a path such as "a.b"; an ellipsis as value deletes it."""
-    file = directory / "config.json"
-    raw = place = json.loads(file.read_text())
-    *parents, last = path.split(".")
-    for parent in parents:
-        place = place[parent]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    file.write_text(json.dumps(raw))

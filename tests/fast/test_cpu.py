@@ -5,7 +5,6 @@ import pytest
 cpu = pytest.importorskip("fast.cpu")
 
 import torch
-import torch.nn.functional as F
 from conftest import random_model
 from int4_checkpoints import save_int4
 from torch import nn
@@ -17,7 +16,7 @@ from generate import DTYPES, generate
 from mixtral import attend, read_json, read_weights
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN")
-ROWS = [1, 2, 3, 4, 5, 16, 64, 255, 256, 257]
+LEADING = [(), (1,), (2,), (3,), (4,), (5,), (16,), (64,), (255,), (256,), (257,), (3, 1), (2, 130)]
 SHAPES = [(1040, 528), (512, 48), (257, 7), (40, 24), (2048, 5)]
 
 
@@ -38,21 +37,22 @@ def test_tuned_products_are_exact_but_for_one_rounding(
 
     `arithmetic` says whether the CPU multiplies 16-bit floats. `block` is the real number of
     weights that are widened at a time, and one that makes two blocks of the largest weight here.
+    Some inputs are not contiguous.
     """
     monkeypatch.setattr(cpu, "has_arithmetic", lambda dtype: arithmetic)
     monkeypatch.setattr(cpu, "WIDENED_WEIGHTS", block)
     torch.manual_seed(0)
     layer = tuned(nn.Linear(inputs, outputs, bias=False, dtype=dtype))
     assert type(layer) is TunedLinear
-    for rows in ROWS:
-        x = torch.randn(rows, inputs).to(dtype)
+    for leading in LEADING:
+        x = torch.randn(*leading, inputs, 1 + len(leading)).to(dtype)[..., 0]
         y = layer(x)
         exact = x.double() @ layer.weight.double().T
         summed = torch.finfo(torch.float32 if dtype.itemsize < 8 else dtype).eps * inputs
         bound = summed * (x.double().abs() @ layer.weight.double().abs().T)
         bound += torch.finfo(dtype).eps * (0.5 * exact.abs() + bound)
         assert y.dtype == dtype and y.shape == exact.shape
-        assert ((y.double() - exact).abs() <= bound).all(), rows
+        assert ((y.double() - exact).abs() <= bound).all(), leading
 
 
 @pytest.mark.parametrize("dtype, rows, outputs, amx, wanted", [
@@ -86,19 +86,6 @@ def test_tuned_products_leave_the_switch_of_onednn_as_it_was(dtype, enabled):
         assert torch.backends.mkldnn.enabled == enabled
 
 
-@pytest.mark.parametrize("shape", [(528,), (1, 528), (3, 1, 528), (1, 7, 528), (2, 130, 528)])
-@pytest.mark.parametrize("outputs", [1040, 48])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_tuned_products_take_any_leading_shape_and_memory_layout(shape, outputs, dtype):
-    layer = tuned(nn.Linear(528, outputs, bias=False, dtype=dtype))
-    x = torch.randn(*shape, 2, dtype=dtype)
-    for view in (x[..., 0].contiguous(), x[..., 1], x.movedim(-2, 0).contiguous().movedim(0, -1)[
-            ..., 0, :]):
-        wanted = F.linear(view, layer.weight)
-        assert layer(view).shape == wanted.shape
-        assert (layer(view) - wanted).abs().max() < 10000 * torch.finfo(dtype).eps
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 6, 300])
 @pytest.mark.parametrize("of_input, of_weight", [(True, False), (False, True), (True, True)])
@@ -129,20 +116,6 @@ def test_attention_of_one_token_is_that_of_mixtral_with_any_keys_hidden(H, K):
                        attend(q.expand(-1, 4, -1, -1), k, v, mask))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_tuned_model_gives_the_logits_and_the_names_of_the_plain_one(dtype):
-    sizes = {"vocab_size": 2048, "hidden_size": 144, "intermediate_size": 1856,
-             "num_hidden_layers": 1, "num_local_experts": 3}
-    plain, same = (random_model(**sizes).to(dtype) for _ in range(2))
-    names = list(same.state_dict())
-    assert tune(same) is same and list(same.state_dict()) == names
-    tokens, caches = torch.randint(2048, (3, 40)), [plain.new_cache(3, 50) for _ in range(2)]
-    with torch.inference_mode():
-        for S in (40, 1, 2, 1):
-            difference = plain(tokens[:, :S], caches[0]) - same(tokens[:, :S], caches[1])
-            assert difference.abs().max() < 200 * torch.finfo(dtype).eps
-
-
 def test_build_tunes_on_the_cpu_only(monkeypatch):
     monkeypatch.setattr(fast, "check_device", lambda device: None)  # "meta" stands for a GPU
     model = random_model(vocab_size=48, hidden_size=48, intermediate_size=48)
@@ -153,12 +126,13 @@ def test_build_tunes_on_the_cpu_only(monkeypatch):
         assert grouped == (device != "meta")
 
 
-@pytest.mark.parametrize("free, G, kind", [
-    (None, 32, TunedInt4Linear), (1000, 32, Int4Linear), (None, 16, Int4Linear)])
+@pytest.mark.parametrize("free, G, dtype, kind", [
+    (None, 32, torch.bfloat16, TunedInt4Linear), (1000, 32, torch.bfloat16, Int4Linear),
+    (None, 16, torch.bfloat16, Int4Linear), (None, 32, torch.float32, Int4Linear)])
 def test_4_bit_layers_are_repacked_if_there_is_memory_and_the_kernel_takes_them(
-        monkeypatch, tmp_path, free, G, kind):
+        monkeypatch, tmp_path, free, G, dtype, kind):
     monkeypatch.setattr(fast.memory, "free_memory", lambda device: free)
-    model = random_model(dtype=torch.bfloat16, hidden_size=64, intermediate_size=64)
+    model = random_model(dtype=dtype, hidden_size=64, intermediate_size=64)
     save_int4(model, tmp_path, G)
     built = fast.build(read_json(tmp_path / "config.json"), read_weights(tmp_path))
     assert type(built.model.layers[0].block_sparse_moe.experts[0].w1) is kind

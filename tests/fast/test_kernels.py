@@ -59,8 +59,18 @@ def random_int4(*shape, G, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     *rows, D = shape
     words = torch.randint(-2**31, 2**31, (*rows, D // 8), generator=generator).to(torch.int32)
-    scales = torch.rand(*rows, D // G, generator=generator) + 0.1
+    scales = (torch.rand(*rows, D // G, generator=generator) + 0.1) / (4 * D**0.5)
     return words.to(DEVICE), scales.to(DEVICE, dtype)
+
+
+def random_experts(*shape, G, dtype, seed=0):
+    """Matrices (E, M, D) as the kernels take them, perhaps in 4 bits, and as one tensor."""
+    if G is None:
+        whole = randn(*shape, dtype=dtype, seed=seed) / shape[-1]**0.5
+        return [whole], whole
+    stored = random_int4(*shape, G=G, dtype=dtype, seed=seed)
+    assert kernels_int4.fits(*stored)
+    return stored, torch.stack([unpack(*each) for each in zip(*stored, strict=True)])
 
 
 def assert_close(result, expected, dtype, tolerance=1.0):
@@ -70,22 +80,6 @@ def assert_close(result, expected, dtype, tolerance=1.0):
 
 
 # ---------------------------------------------------------------- whole steps
-
-
-def assert_steps_equal_the_plain_model(model, prompt=7, steps=20):
-    """Read a prompt and then single tokens, with the kernels and with mixtral.py."""
-    plain, fast = model, cuda.prepare(copy.deepcopy(model))
-    caches = [m.new_cache(1, prompt + steps, chunk=2) for m in (plain, fast)]
-    read = cuda.reader(fast, caches[1])
-    tokens, lengths = torch.randint(16, (1, prompt), device=DEVICE), torch.tensor([prompt])
-    for _ in range(steps + 1):
-        expected = plain(tokens, caches[0], lengths, last_only=True)[:, 0]
-        assert_close(read(tokens, lengths), expected, torch.float32, tolerance=5)
-        assert torch.equal(caches[0].positions, caches[1].positions)
-        tokens, lengths = torch.randint(16, (1, 1), device=DEVICE), torch.tensor([1])
-    assert caches[1].step.kernels is kernels
-    for name in ("keys", "values"):
-        assert_close(getattr(caches[1], name), getattr(caches[0], name), torch.float32)
 
 
 @pytest.fixture
@@ -105,25 +99,18 @@ def with_kernels(monkeypatch):
 def test_twenty_steps_equal_the_plain_model(with_kernels, changes):
     """Windows, wraps of the rolling buffer, query heads per key head, experts per token, 4 bits."""
     torch.manual_seed(0)
-    assert_steps_equal_the_plain_model(small_model(DEVICE, torch.float32, **changes))
-
-
-def test_of_equal_router_logits_the_lower_index_wins_in_whole_steps(with_kernels):
-    torch.manual_seed(0)
-    model = small_model(DEVICE, torch.float32, num_hidden_layers=1)
-    gate = model.model.layers[0].block_sparse_moe.gate.weight
-    gate[:3] = 0  # experts 0, 1 and 2 always have the logit 0; two of four experts are chosen
-    assert_steps_equal_the_plain_model(model, steps=3)
-
-
-def test_a_text_that_has_ended_stores_nothing(with_kernels):
-    model = cuda.prepare(small_model(DEVICE, torch.float32, num_hidden_layers=1))
-    cache = model.new_cache(1, 5)
-    read, token = cuda.reader(model, cache), torch.tensor([[3]], device=DEVICE)
-    read(token, torch.tensor([1]))
-    keys = cache.keys.clone()
-    read(token, torch.tensor([0]))
-    assert torch.equal(cache.keys, keys) and cache.positions.tolist() == [[0, -1, -1, -1, -1]]
+    plain = small_model(DEVICE, torch.float32, **changes)
+    fast = cuda.prepare(copy.deepcopy(plain))
+    caches = [model.new_cache(1, 27, chunk=2) for model in (plain, fast)]
+    read = cuda.reader(fast, caches[1])
+    for length in [7] + [1] * 20:
+        tokens, lengths = torch.randint(16, (1, length), device=DEVICE), torch.tensor([length])
+        expected = plain(tokens, caches[0], lengths, last_only=True)[:, 0]
+        assert_close(read(tokens, lengths), expected, torch.float32, tolerance=5)
+        assert torch.equal(caches[0].positions, caches[1].positions)
+    assert caches[1].step.kernels is kernels
+    for name in ("keys", "values"):
+        assert_close(getattr(caches[1], name), getattr(caches[0], name), torch.float32)
 
 
 @pytest.mark.parametrize("change", ["float64", "attention", "one layer"])
@@ -138,14 +125,11 @@ def test_other_models_take_the_batch_path(with_kernels, change):
         other = small_model(DEVICE, torch.float32, **sizes | {"group_size": None})
         layer.block_sparse_moe = other.model.layers[1].block_sparse_moe
     assert cuda.chosen_kernels(cuda.prepare(model)) == (None, None)
+    expected = unpack if change == "float64" else kernels_int4.unpack
+    assert model.model.layers[0].block_sparse_moe.unpack is expected
 
 
-def test_weights_in_float64_are_not_unpacked_in_float32(with_kernels):
-    assert cuda.unpacker(torch.device(DEVICE), torch.float64) is unpack
-    assert cuda.unpacker(torch.device(DEVICE), torch.float32) is kernels_int4.unpack
-
-
-# ---------------------------------------------------------------- 16 bits, kernel by kernel
+# ---------------------------------------------------------------- kernel by kernel
 
 
 @pytest.mark.parametrize("D", [24, 192])
@@ -222,39 +206,22 @@ def test_route_chooses_experts_that_exist_for_logits_that_are_not_numbers(dtype)
     assert set(kernels.route(x, norm, gate, 2)[1].tolist()) <= {0, 1, 2}
 
 
-@pytest.mark.parametrize("D, M", [(40, 24), (192, 320), (7, 5)])
-def test_gate_up_and_down_read_the_chosen_experts(D, M, dtype):
-    E, x = 5, randn(D, dtype=dtype)
-    w13, w2 = randn(E, 2 * M, D, dtype=dtype) / D**0.5, randn(E, D, M, dtype=dtype) / M**0.5
+@pytest.mark.parametrize("D, M, G", [
+    (40, 24, None), (192, 320, None), (7, 5, None), (128, 768, 32), (128, 768, 64),
+    (128, 768, 128),  # with 768, the rows of down are several tiles long, so that they are split
+])
+def test_gate_up_and_down_read_the_chosen_experts(D, M, G, dtype):
+    (ops, tolerance), x = (kernels_int4, 2) if G else (kernels, 1), randn(D, dtype=dtype)
+    stored13, w13 = random_experts(5, 2 * M, D, G=G, dtype=dtype)
+    stored2, w2 = random_experts(5, D, M, G=G, dtype=dtype, seed=1)
     chosen = torch.tensor([4, 1, 2], dtype=torch.int32, device=DEVICE)
     share = torch.tensor([0.5, 0.3, 0.2], device=DEVICE)
     gate, up = (w13[chosen.long()] @ x).chunk(2, dim=1)
     h = F.silu(gate) * up
-    assert_close(kernels.gate_up(x, chosen, w13), h, dtype)
+    assert_close(ops.gate_up(x, chosen, *stored13), h, dtype, tolerance)
     outputs = (w2[chosen.long()] @ h[:, :, None])[:, :, 0]
     expected = x + (share[:, None] * outputs).sum(0).to(dtype)
-    assert_close(kernels.down(h, chosen, share, x, w2), expected, dtype)
-
-
-# ---------------------------------------------------------------- 4 bits, kernel by kernel
-
-
-@pytest.mark.parametrize("G", [32, 64, 128])
-def test_experts_in_4_bits(G, dtype):
-    """Of 3 experts; the rows of down are several tiles long, so that they are split."""
-    E, D, M, x = 3, 128, 768, randn(128, dtype=dtype)
-    w13 = random_int4(E, 2 * M, D, G=G, dtype=dtype)
-    w2 = random_int4(E, D, M, G=G, dtype=dtype, seed=1)
-    assert kernels_int4.fits(*w13) and kernels_int4.fits(*w2)
-    chosen = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
-    share = torch.tensor([0.7, 0.3], device=DEVICE)
-    gate, up = torch.stack([unpack(w13[0][e], w13[1][e]) @ x for e in (2, 0)]).chunk(2, dim=1)
-    h = F.silu(gate) * up
-    assert_close(kernels_int4.gate_up(x, chosen, *w13), h, dtype, 2)
-    h = h / h.abs().max()
-    outputs = torch.stack([unpack(w2[0][e], w2[1][e]) @ h[n] for n, e in enumerate((2, 0))])
-    expected = x + (share[:, None] * outputs).sum(0).to(dtype)
-    assert_close(kernels_int4.down(h, chosen, share, x, *w2), expected, dtype, 2)
+    assert_close(ops.down(h, chosen, share, x, *stored2), expected, dtype, tolerance)
 
 
 @pytest.mark.parametrize("G", [4, 8, 32, 256])  # of 4, a word has weights of two groups

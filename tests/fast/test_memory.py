@@ -16,19 +16,16 @@ INT4 = {"weight_packed": torch.zeros(1000, 125, dtype=torch.int32),
 
 
 @pytest.mark.parametrize("weights, free, dtype, device, fits", [
-    (MEGABYTE, 1_000_000, None, "cpu", True), (MEGABYTE, 999_999, None, "cpu", None),
-    (MEGABYTE, 999_999, None, "cpu:0", None), (MEGABYTE, 999_999, torch.float32, "cpu", None),
-    # Only what changes takes new memory: the scales, 1,000,000 bytes in float64.
-    (INT4, 1_000_000, torch.float64, "cpu", None), (INT4, 999_999, torch.float64, "cpu", False),
-    (MEGABYTE, 999_999, None, "cuda", False), (MEGABYTE, 999_999, torch.float32, "cuda", False),
+    (MEGABYTE, 1_000_000, None, "cpu", True), (MEGABYTE, 999_999, None, "cpu:0", None),
+    (MEGABYTE, 999_999, torch.float32, "cpu", None), (MEGABYTE, 999_999, None, "cuda", False),
     (MEGABYTE, 2_000_000, torch.float64, "cpu", True),
-    (MEGABYTE, 1_999_999, torch.float64, "cpu", False),
+    (MEGABYTE, 1_999_999, torch.float64, "cpu", False), (MEGABYTE, None, None, "cuda", True),
     (MEGABYTE, 500_000, torch.bfloat16, "cuda", True),
     (MEGABYTE, 499_999, torch.bfloat16, "cuda", False),
-    (MEGABYTE, None, torch.float64, "cuda", True),
-    # The 500,000 bytes of packed integers are not converted; the floats become 500,000 or 250,000.
-    (INT4, 999_999, None, "cpu", None), (INT4, 750_000, torch.bfloat16, "cuda", True),
-    (INT4, 749_999, torch.bfloat16, "cuda", False)])
+    # Of 4-bit weights only the scales change and take new memory, 1,000,000 bytes in float64.
+    (INT4, 1_000_000, torch.float64, "cpu", None), (INT4, 999_999, torch.float64, "cpu", False),
+    # The 500,000 bytes of packed integers stay, and the scales take 250,000 in bfloat16.
+    (INT4, 750_000, torch.bfloat16, "cuda", True), (INT4, 749_999, torch.bfloat16, "cuda", False)])
 def test_weights_must_fit_into_the_free_memory_unless_they_stay_on_disk(
         monkeypatch, capsys, weights, free, dtype, device, fits):
     """`fits` is None where the weights are mapped: that is slow, so a warning says it."""
@@ -63,16 +60,6 @@ def test_a_cache_must_fit_into_the_free_memory(monkeypatch, window, rows, length
         check_cache(model, rows, length, 64)
 
 
-def system(root, groups, **files):
-    """A system with 5,120,000 bytes available, and this process in these control groups."""
-    files = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n",
-             "proc/self/cgroup": groups} | files
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(content)
-    return root
-
-
 def group(path, limit, used, version=2):
     """The files of a control group in which 300 of the bytes used are files that can be dropped."""
     names = ("memory.max", "memory.current") if version == 2 else (
@@ -98,13 +85,14 @@ def group(path, limit, used, version=2):
     ("1:cpu:/job\n", group("/memory/job", 9000, 5000, version=1), 5_120_000)])
 def test_free_memory_is_the_least_that_the_system_and_the_control_groups_leave(
         monkeypatch, tmp_path, groups, files, wanted):
-    """And each rank of a machine gets an equal share."""
-    root = system(tmp_path, groups, **files)
+    """5,120,000 bytes are available here. Each rank of a machine gets an equal share."""
+    assert free_memory("cpu", tmp_path) is None  # a system that does not say
+    system = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    5000 kB\n",
+              "proc/self/cgroup": groups}
+    for name, content in (system | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert free_memory("cpu", root) == wanted
+    assert free_memory("cpu", tmp_path) == wanted
     monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
-    assert free_memory("cpu", root) == wanted // 2
-
-
-def test_free_memory_is_unknown_on_a_system_that_does_not_say(tmp_path):
-    assert free_memory("cpu", tmp_path) is None
+    assert free_memory("cpu", tmp_path) == wanted // 2
