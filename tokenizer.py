@@ -42,18 +42,17 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
-GAP = "\x1f"  # white space that no text has; see `_encode_chatml`
+GAP = "\x1f"  # white space that no text has; see `_chatml_parts`
 
 
 def merge(word, scores, gap=""):
     """Merge the neighbours whose union scores highest, leftmost first, until no union has a score.
 
-    Takes O(n log n) time for n characters. Here "bc" is merged first, and then "abc":
+    Takes O(n log n) time for n characters. In a tokenizer.json pairs such as "ab c" have scores, by
+    their order; the `gap` is a space. Here "bc" is merged first, and then "abc":
 
     >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
-
-    In a tokenizer.json pairs such as "ab c" have scores, by their order; the `gap` is a space.
     """
     heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
@@ -269,10 +268,9 @@ class Tokenizer:
 
         `messages` is a list of {"role": ..., "content": ...}: an optional "system" message, then
         "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
-        the list of ids that it generated, without the last one that ended it.
-
-        In v1 (Mixtral 8x7B), [INST] and [/INST] are text, and the system text is put before the
-        first user text; in v2 and v3 they are control ids, and it is put before the last one.
+        the list of ids that it generated, without the last one that ended it. In v1, [INST] and
+        [/INST] are text, and the system text is put before the first user text; in v2 and v3 they
+        are control ids, and it is put before the last one.
         """
         try:
             form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
@@ -306,11 +304,9 @@ class Tokenizer:
         return parts
 
     def _chatml_parts(self, messages):
-        """What the chat template writes, as texts and ids; None if it drops or changes a text.
-
-        It is a program. While it runs, GAP is between all characters of the texts, so that no part
-        of them becomes a control id. Since it is white space, a template can still strip the texts.
-        """
+        """What the chat template writes, as texts and ids; None if it drops or changes a text. It
+        is a program. While it runs, GAP is between all characters of the texts, so that no part of
+        them becomes a control id. Since it is white space, a template can still strip the texts."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # which comes with torch
 
         def written(contents):
