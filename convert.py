@@ -39,6 +39,7 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import itertools
 import json
 import math
@@ -65,30 +66,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mixtral import MixtralConfig
-from tokenizer import FILES, Tokenizer, read_file
+from tokenizer import FILES, PREPEND, REPLACE, Tokenizer, read_file
 
 # ------------------------------------------------------------------ names, shapes and row order
 
 HUGGINGFACE, MISTRAL, FUSED = LAYOUTS = range(3)  # the columns of NAMES
 TITLES = ("Hugging Face", "Mistral", "Mistral with fused experts")
 
-# For each kind of tensor: its name in the three layouts, and its shape. {n} is the number of a
-# layer and {e} that of an expert. For experts it is the shape of one of them.
-NAMES = [
-    ("model.embed_tokens.weight",
-     "tok_embeddings.weight", "tok_embeddings.weight", "V D"),
-    ("model.layers.{n}.input_layernorm.weight",
-     "layers.{n}.attention_norm.weight", "layers.{n}.attention_norm.weight", "D"),
-    ("model.layers.{n}.self_attn.q_proj.weight",
-     "layers.{n}.attention.wq.weight", "layers.{n}.attention.wq.weight", "H·d D"),
-    ("model.layers.{n}.self_attn.k_proj.weight",
-     "layers.{n}.attention.wk.weight", "layers.{n}.attention.wk.weight", "K·d D"),
-    ("model.layers.{n}.self_attn.v_proj.weight",
-     "layers.{n}.attention.wv.weight", "layers.{n}.attention.wv.weight", "K·d D"),
-    ("model.layers.{n}.self_attn.o_proj.weight",
-     "layers.{n}.attention.wo.weight", "layers.{n}.attention.wo.weight", "D H·d"),
-    ("model.layers.{n}.post_attention_layernorm.weight",
-     "layers.{n}.ffn_norm.weight", "layers.{n}.ffn_norm.weight", "D"),
+# For each kind of tensor: its name in Hugging Face's layout, in Mistral's and, where it is another
+# one, in the fused layout, and its shape. {n} is the number of a layer and {e} that of an expert.
+# For experts it is the shape of one of them.
+KINDS = [
+    ("model.embed_tokens.weight", "tok_embeddings.weight", "V D"),
+    ("model.layers.{n}.input_layernorm.weight", "layers.{n}.attention_norm.weight", "D"),
+    ("model.layers.{n}.self_attn.q_proj.weight", "layers.{n}.attention.wq.weight", "H·d D"),
+    ("model.layers.{n}.self_attn.k_proj.weight", "layers.{n}.attention.wk.weight", "K·d D"),
+    ("model.layers.{n}.self_attn.v_proj.weight", "layers.{n}.attention.wv.weight", "K·d D"),
+    ("model.layers.{n}.self_attn.o_proj.weight", "layers.{n}.attention.wo.weight", "D H·d"),
+    ("model.layers.{n}.post_attention_layernorm.weight", "layers.{n}.ffn_norm.weight", "D"),
     ("model.layers.{n}.block_sparse_moe.gate.weight",
      "layers.{n}.feed_forward.gate.weight", "layers.{n}.block_sparse_moe.gate.weight", "E D"),
     ("model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight",
@@ -97,9 +92,11 @@ NAMES = [
      "layers.{n}.feed_forward.experts.{e}.w2.weight", "layers.{n}.block_sparse_moe.w2", "D M"),
     ("model.layers.{n}.block_sparse_moe.experts.{e}.w3.weight",
      "layers.{n}.feed_forward.experts.{e}.w3.weight", "layers.{n}.block_sparse_moe.w3", "M D"),
-    ("model.norm.weight", "norm.weight", "norm.weight", "D"),
-    ("lm_head.weight", "output.weight", "output.weight", "V D"),
+    ("model.norm.weight", "norm.weight", "D"),
+    ("lm_head.weight", "output.weight", "V D"),
 ]
+NAMES = [(huggingface, mistral, *(fused or [mistral]), shape)
+         for huggingface, mistral, *fused, shape in KINDS]
 
 
 def regroup(weight, heads, columns):
@@ -110,12 +107,8 @@ def regroup(weight, heads, columns):
     2 columns turn Mistral's row order into Hugging Face's, and d/2 columns turn it back. `heads` is
     H for q and K for k.
 
-    >>> rows = torch.arange(8)[:, None]
-    >>> reordered = regroup(rows, heads=1, columns=2)
-    >>> reordered.flatten().tolist()
+    >>> regroup(torch.arange(8)[:, None], heads=1, columns=2).flatten().tolist()
     [0, 2, 4, 6, 1, 3, 5, 7]
-    >>> regroup(reordered, heads=1, columns=4).flatten().tolist()
-    [0, 1, 2, 3, 4, 5, 6, 7]
     """
     return weight.unflatten(0, (heads, -1, columns)).transpose(1, 2).flatten(0, 2)
 
@@ -144,8 +137,7 @@ def parameters(config):
     for n, row in itertools.product(range(c.num_hidden_layers), block):
         for e in range(c.num_local_experts) if "{e}" in row[HUGGINGFACE] else [None]:
             yield parameter(row, n, e)
-    yield parameter(norm)
-    yield parameter(head)
+    yield from (parameter(norm), parameter(head))
 
 
 # ------------------------------------------------------------------ from one layout to another
@@ -171,32 +163,28 @@ class Target(NamedTuple):
     group_size: int | None = None  # None unless the experts are to be rounded to 4 bits
 
 
-def read(checkpoint, parameter, target):
-    """The weight of a parameter that is not in 4 bits, with its rows in the target's order."""
+def read(checkpoint, parameter):
+    """The weight of a parameter that is not in 4 bits, mapped from its file."""
     weight = checkpoint.tensors[parameter.names[checkpoint.layout]]
     if checkpoint.layout == FUSED and parameter.expert is not None:
         weight = weight.chunk(checkpoint.config.num_local_experts)[parameter.expert]
-        return weight.T if parameter.names[FUSED].endswith("w2") else weight
-    return in_row_order(weight, checkpoint, parameter, target)
-
-
-def in_row_order(weight, checkpoint, parameter, target):
-    """A weight with its rows in the order of the target's layout. Only those of q and k move."""
-    d, forth = checkpoint.config.head_dim, target.layout == HUGGINGFACE
-    moves = parameter.names[HUGGINGFACE].endswith(("q_proj.weight", "k_proj.weight"))
-    if not moves or forth == (checkpoint.layout == HUGGINGFACE):
-        return weight
-    return regroup(weight, len(weight) // d, columns=2 if forth else d // 2)
+        weight = weight.T if parameter.names[FUSED].endswith("w2") else weight
+    return weight
 
 
 def converted(checkpoint, parameter, target):
     """The weight of a parameter as the target wants it. Raises ValueError for an overflow."""
     name, tensors = parameter.names[checkpoint.layout], checkpoint.tensors
-    if f"{name}_packed" not in tensors:
-        return rounded(read(checkpoint, parameter, target), target.dtype, name).contiguous()
-    pieces = load_int4().unpacked_exactly(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
-    weight = torch.cat([rounded(piece, target.dtype, name) for piece in pieces])
-    return in_row_order(weight, checkpoint, parameter, target)
+    if f"{name}_packed" in tensors:
+        pieces = load_int4().unpacked_exactly(tensors[f"{name}_packed"], tensors[f"{name}_scale"])
+        weight = torch.cat([rounded(piece, target.dtype, name) for piece in pieces])
+    else:
+        weight = rounded(read(checkpoint, parameter), target.dtype, name)
+    d, forth = checkpoint.config.head_dim, target.layout == HUGGINGFACE
+    moves = parameter.names[HUGGINGFACE].endswith(("q_proj.weight", "k_proj.weight"))
+    if moves and forth != (checkpoint.layout == HUGGINGFACE):
+        weight = regroup(weight, len(weight) // d, columns=2 if forth else d // 2)
+    return weight.contiguous()
 
 
 def rounded(weight, dtype, name):
@@ -229,7 +217,7 @@ def in_4_bits(checkpoint, parameter, target, errors):
     waiting, sums = [], errors.setdefault(int(name.split(".")[2]), [0.0, 0.0])
 
     def words():
-        weight = read(checkpoint, parameter, target).contiguous()
+        weight = read(checkpoint, parameter).contiguous()
         try:
             packed, scale, error, size = load_int4().compress(weight, G, target.dtype)
         except ValueError as problem:
@@ -244,10 +232,7 @@ def in_4_bits(checkpoint, parameter, target, errors):
 
 
 def output_tensors(checkpoint, target, errors):
-    """The tensors to write by name, in the order of the forward pass. Nothing is computed yet.
-
-    `errors` is a dict to which `in_4_bits` adds.
-    """
+    """The tensors to write by name, in the order of the forward pass. Nothing is computed yet."""
     tensors = {}
     for p in parameters(checkpoint.config):
         name = p.names[target.layout]
@@ -266,56 +251,42 @@ def output_tensors(checkpoint, target, errors):
 # ------------------------------------------------------------------ params.json and config.json
 
 # The fields of params.json. The fused layout has a params.json with Hugging Face's field names.
-PARAMS = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "head_dim": "head_dim",
-          "hidden_dim": "intermediate_size", "n_heads": "num_attention_heads",
-          "n_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps",
-          "vocab_size": "vocab_size", "rope_theta": "rope_theta",
-          "sliding_window": "sliding_window", "max_seq_len": "max_position_embeddings",
-          "num_experts_per_tok": "num_experts_per_tok", "num_experts": "num_local_experts"}
-OPTIONAL = {"head_dim", "rope_theta", "sliding_window", "max_position_embeddings",
-            "num_experts_per_tok"}
+REQUIRED = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+            "hidden_dim": "intermediate_size", "n_kv_heads": "num_key_value_heads",
+            "norm_eps": "rms_norm_eps", "vocab_size": "vocab_size",
+            "num_experts": "num_local_experts"}
+OPTIONAL = {"head_dim": "head_dim", "rope_theta": "rope_theta", "sliding_window": "sliding_window",
+            "max_seq_len": "max_position_embeddings", "num_experts_per_tok": "num_experts_per_tok"}
+CONTEXT = {4096: 32768, 6144: 65536}  # of 8x7B and 8x22B by hidden_size; rarely in params.json
 
 
-def context_length(hidden_size):
-    """The context length of 8x22B or of 8x7B, as released. params.json rarely holds it."""
-    return 65536 if hidden_size == 6144 else 32768
-
-
-def read_params(path, raw):
+def read_params(name, raw):
     """The configuration in a params.json. Raises ValueError naming the fields that are missing.
 
     An optional field that is absent, null or 0 gets its default. For rope_theta that is 1e6.
     """
-    raw = raw | (raw["moe"] if isinstance(raw.get("moe"), dict) else {})
-    fields = {PARAMS.get(name, name): value for name, value in raw.items()}
+    raw = raw | (raw.get("moe") or {})
+    fields = {(REQUIRED | OPTIONAL).get(name, name): value for name, value in raw.items()}
     fields = {name: value for name, value in fields.items()
-              if value is not None and (value != 0 or name not in OPTIONAL)}
-    required = {field: name for name, field in PARAMS.items() if field not in OPTIONAL}
-    if missing := [name for field, name in required.items() if field not in fields]:
-        raise ValueError(f"{path}: not the params.json of a Mixtral: missing {', '.join(missing)}")
-    window = str(fields.get("sliding_window")).lower()  # the fused release writes it as a string
-    if window not in ("none", "null") and not window.isdecimal():
-        raise ValueError(f"{path}: sliding_window must be an integer or null, got {window!r:.80}")
-    fields["sliding_window"] = int(window) if window.isdecimal() else None
-    fields.setdefault("max_position_embeddings", context_length(fields["hidden_size"]))
+              if value is not None and (value != 0 or name not in OPTIONAL.values())}
+    if missing := [name for name, field in REQUIRED.items() if field not in fields]:
+        raise ValueError(f"missing {', '.join(missing)}, which the {name} of a Mixtral has")
+    window = str(fields.get("sliding_window"))  # the fused release writes it as a string
+    if window.isdecimal():
+        fields["sliding_window"] = int(window)
+    elif window.lower() in ("none", "null"):
+        fields["sliding_window"] = None
+    fields.setdefault("max_position_embeddings", CONTEXT.get(fields["hidden_size"], 32768))
     return MixtralConfig.from_dict(fields)
 
 
 def params_from_config(config):
     """The params.json of a configuration, without a window or context of the default size."""
-    params = {name: getattr(config, field) for name, field in PARAMS.items()}
+    params = {name: getattr(config, field) for name, field in (REQUIRED | OPTIONAL).items()}
     moe = {name: params.pop(name) for name in ("num_experts_per_tok", "num_experts")}
-    defaults = {"sliding_window": None, "max_seq_len": context_length(config.hidden_size)}
+    defaults = {"sliding_window": None, "max_seq_len": CONTEXT.get(config.hidden_size, 32768)}
     return {name: value for name, value in params.items()
             if name not in defaults or value != defaults[name]} | {"moe": moe}
-
-
-def write_config(part, config, target):
-    """Write config.json, with rope_theta where transformers 4 has it and version 5 accepts it."""
-    write_json(part / "config.json", {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
-        **dataclasses.asdict(config), "torch_dtype": str(target.dtype).removeprefix("torch."),
-        **({"quantization_config": target.scheme} if target.scheme else {})})
 
 
 # ------------------------------------------------------------------ the tokenizer for transformers
@@ -344,7 +315,10 @@ def write_small_files(source, part, config, target):
         return
     for name in extras:
         shutil.copyfile(source / name, part / name)
-    write_config(part, config, target)
+    write_json(part / "config.json", {  # rope_theta as in transformers 4, which version 5 accepts
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral",
+        **dataclasses.asdict(config), "torch_dtype": str(target.dtype).removeprefix("torch."),
+        **({"quantization_config": target.scheme} if target.scheme else {})})
     if not found:
         return
     t = Tokenizer(source)
@@ -368,9 +342,7 @@ def fast_tokenizer(t):
         "added_tokens": [
             {"id": i, "content": t.texts[i], "special": i in t.control or i == t.unk_id} | plain
             for i in sorted(t.texts) if i in t.control or i == t.unk_id or i >= t.vocab_size],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+        "normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]},
         "post_processor": bos_template(t) if t.adds_bos else None,
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
@@ -392,10 +364,8 @@ def bos_template(t):
 
 
 def merges(t):
-    """The merges of a BPE, best first: every split of a piece into two other pieces.
-
-    A merge ranks as its result does, by score, and of equal scores the lower id comes first.
-    """
+    """The merges of a BPE, best first: every split of a piece into two other pieces. A merge ranks
+    as its result does, by score, and of equal scores the lower id comes first."""
     ranked = sorted(t.scores, key=lambda piece: (-t.scores[piece], t.ids[piece]))
     return [f"{piece[:n]} {piece[n:]}" for piece in ranked for n in range(1, len(piece))
             if piece[:n] in t.scores and piece[n:] in t.scores]
@@ -450,10 +420,8 @@ def choose_target(source, checkpoint, to, dtype, group_size):
 
 
 def shards(tensors, to, limit):
-    """The tensors of each file. A file has at most `limit` bytes of tensors, or one larger tensor.
-
-    The Mistral layout has only one file.
-    """
+    """The tensors of each file: at most `limit` bytes of them, or one larger tensor. The layout of
+    Mistral has only one file."""
     groups, free = [{}], math.inf if to == MISTRAL else limit
     for name, tensor in tensors.items():
         if tensor.nbytes > free and groups[-1]:
@@ -483,8 +451,8 @@ def announce(source, out, checkpoint, target, files):
     report(f"{source}: {TITLES[checkpoint.layout]}, {len(checkpoint.tensors)} tensors, "
            f"{total_size({'': checkpoint.tensors}) / 1e6:,.1f} MB; {sum(counts.values()):,} "
            f"parameters, {used:,} used per token")
-    numbers = f"{target.dtype}" + (" and 4-bit weights" if target.scheme else "")
-    report(f"{out}: {total_size(files) / 1e6:,.1f} MB of {numbers} to write, files: {len(files)}")
+    report(f"{out}: {total_size(files) / 1e6:,.1f} MB of {target.dtype}"
+           f"{' and 4-bit weights' if target.scheme else ''} to write, files: {len(files)}")
 
 
 def write_weights(part, files):
@@ -505,15 +473,28 @@ FORMAT = {"format": "pt"}  # the metadata that transformers expects in a file of
 WRITABLE = FLOATS | {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 # Beside the weights, other programs store frequencies of the rotation, and scales of 8-bit caches.
 NO_WEIGHTS = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale")
-HINTS = {  # what the names of files tell about a directory without weights that can be read
+# What the names of files tell about a directory without weights that can be read, and what the
+# names of tensors tell about weights with other names than Mixtral's. The first that fits counts.
+FOREIGN_FILES = {
     "adapter_config.json": "a LoRA adapter; merge it into its model with merge_and_unload of peft",
+    "consolidated.00.pth-split*":
+        "join the parts of the file first, with: cd {here} && cat "
+        "consolidated.00.pth-split{{0..{last}}} > consolidated.00.pth",
     **dict.fromkeys(("snapshots/*", "models--*/snapshots/*"),
-                    "a cache of Hugging Face; the checkpoint is in {}"),
-    "*/model*.safetensors": "no weights here, but there is {}",
+                    "a cache of Hugging Face; the checkpoint is in {found}"),
+    "*/model*.safetensors": "no weights here, but there is {found}",
     "*.gguf": "GGUF is the format of llama.cpp and is not read",
     **dict.fromkeys(("zero_to_fp32.py", "global_step*", "mp_rank_*"),
                     "a checkpoint of DeepSpeed; run its zero_to_fp32.py first"),
     "*.distcp": "a checkpoint of FSDP; run first: accelerate merge-weights"}
+FOREIGN_TENSORS = {
+    **dict.fromkeys(("*.model.layers.0.self_attn.q_proj.weight", "*.layers.0.attention.wq.weight"),
+                    "take the prefix {prefix!r} off the names of all tensors"),
+    "layers.0.self_attn.q_proj.weight":
+        "put the prefix 'model.' in front of the names of all tensors but lm_head.weight",
+    "*.qweight": "{found} is in the format of GPTQ or AWQ; of all quantised formats only "
+                 "pack-quantized of compressed-tensors loads",
+    "*.mlp.experts.gate_up_proj": "joined experts; by default, save_pretrained splits them"}
 
 
 def open_checkpoint(directory):
@@ -526,7 +507,7 @@ def open_checkpoint(directory):
                    or name.endswith(".weight_zero_point") and not tensor.any()]:
         notes.append(f"{len(skipped)} tensors are not weights and ignored, such as {skipped[0]}")
         tensors = {name: tensor for name, tensor in tensors.items() if name not in skipped}
-    refuse_prefixes(directory, tensors)
+    refuse(directory, FOREIGN_TENSORS, partial(fnmatch.filter, tensors))
     matches = [sum(row[layout].format(n=0, e=0) in tensors for row in NAMES) for layout in LAYOUTS]
     if not any(matches):
         raise ValueError(f"{directory}: no tensor has a name that Mixtral uses; the first of "
@@ -544,21 +525,13 @@ def open_checkpoint(directory):
     return Checkpoint(layout, config, tensors, raw, files, notes)
 
 
-def refuse_prefixes(directory, names):
-    """Raises ValueError if the names of tensors have an extra prefix or lack 'model.'."""
-    for known in (name.format(n=0) for name in NAMES[2][:3]):  # NAMES[2] is the query projection
-        for name in names:
-            if name.endswith(f".{known}"):
-                raise ValueError(f"{directory}: take the prefix {name.removesuffix(known)!r} off "
-                                 "the names of all tensors")
-    if "layers.0.self_attn.q_proj.weight" in names:
-        raise ValueError(f"{directory}: put the prefix 'model.' in front of the names of all "
-                         "tensors but lm_head.weight")
-    if quantised := [name for name in names if name.endswith(".qweight")]:
-        raise ValueError(f"{directory}: {quantised[0]} is in the format of GPTQ or AWQ; of all "
-                         "quantised formats only pack-quantized of compressed-tensors loads")
-    if "model.layers.0.mlp.experts.gate_up_proj" in names:
-        raise ValueError(f"{directory}: joined experts; by default, save_pretrained splits them")
+def refuse(directory, hints, find):
+    """Raises ValueError with the first of the hints for whose pattern `find` finds something."""
+    for pattern, hint in hints.items():
+        if found := sorted(map(str, find(pattern))):
+            raise ValueError(f"{directory}: " + hint.format(
+                found=" or ".join(found[:3]), prefix=found[0].removesuffix(pattern[2:]),
+                here=shlex.quote(str(directory)), last=len(found) - 1))
 
 
 def dtype_of_experts(checkpoint):
@@ -584,35 +557,31 @@ def dtype_of_experts(checkpoint):
 
 
 def read_configuration(directory, layout, tensors, notes):
-    """The configuration in a directory of this layout, and the JSON object that it is read from."""
+    """The configuration in a directory of this layout, and the JSON object that it is read from.
+
+    An output projection that is tied to the embedding, and so not stored, is added to the tensors.
+    """
     path = directory / ("config.json" if layout == HUGGINGFACE else "params.json")
-    raw = read_file(path)
-    try:
-        if layout == HUGGINGFACE:
-            raw = in_our_terms(raw, tensors, notes)
-        config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(path, raw)
-    except (ValueError, AttributeError, ArithmeticError, TypeError) as error:
-        raise ValueError(f"{path}: not the configuration of a Mixtral: {error}") from None
-    if config.num_hidden_layers * config.num_local_experts > 2**14:  # to list so many takes hours
-        raise ValueError(f"{path}: num_hidden_layers or num_local_experts is too large")
-    return config, raw
+    embedding, head = NAMES[0][layout], NAMES[-1][layout]
 
+    def parse(data):
+        raw = {**json.loads(data)}
+        raw["sliding_window"] = raw.get("sliding_window") or None  # 0 means no window
+        if raw.get("tie_word_embeddings") and head not in tensors and embedding in tensors:
+            tensors[head], raw["tie_word_embeddings"] = tensors[embedding], False
+            notes.append("the embedding is the output projection too, as tie_word_embeddings says")
+        config = MixtralConfig.from_dict(raw) if layout == HUGGINGFACE else read_params(
+            path.name, raw)
+        if config.num_hidden_layers * config.num_local_experts > 2**14:  # too many to list them
+            raise ValueError("num_hidden_layers or num_local_experts is too large")
+        return config, raw
 
-def in_our_terms(raw, tensors, notes):
-    """A config.json in the terms of mixtral.py; adds a tied output projection to the tensors."""
-    embedding, head = NAMES[0][HUGGINGFACE], NAMES[-1][HUGGINGFACE]
-    if raw.get("tie_word_embeddings") and head not in tensors and embedding in tensors:
-        tensors[head] = tensors[embedding]
-        notes.append("the embedding is the output projection too, as tie_word_embeddings says")
-        raw = raw | {"tie_word_embeddings": False}
-    return raw | {"sliding_window": raw.get("sliding_window") or None}  # 0 means no window
+    return read_file(path, parse)
 
 
 def expected_tensors(layout, config, scheme, tensors):
-    """Map the name of each tensor that a checkpoint must have to its kind and shape, in words.
-
-    With a quantization_config, any matrix may be stored in 4 bits.
-    """
+    """Map the name of each tensor that a checkpoint must have to its kind and shape, in words. With
+    a quantization_config, any matrix may be stored in 4 bits."""
     if scheme is not None:
         load_int4().check_scheme(scheme)
     expected = {}
@@ -632,10 +601,8 @@ def expected_tensors(layout, config, scheme, tensors):
 
 
 def open_files(directory):
-    """All tensors of a directory by name, the files that hold them, and a list of notes.
-
-    Raises ValueError naming files that are missing or damaged and names that occur twice.
-    """
+    """All tensors of a directory by name, the files that hold them, and a list of notes. Raises
+    ValueError naming files that are missing or damaged and names that occur twice."""
     files, weight_map, notes = choose_files(directory)
     tensors, file_of, problems = {}, {}, []
     missing = ", ".join(path.name for path in files if not path.exists())
@@ -646,11 +613,10 @@ def open_files(directory):
             problems.append(f"{path.name}: not readable: {what_is_wrong(path, error)}")
             continue
         for name, tensor in content.items():
-            first, listed = file_of.get(name), weight_map.get(name)
-            if first and listed not in (first, path.name):
-                problems.append(f"{name} is in both {first} and {path.name}")
-            elif not first or listed == path.name:
+            if name not in tensors or weight_map.get(name) == path.name:
                 tensors[name], file_of[name] = tensor, path.name
+            elif weight_map.get(name) != file_of[name]:
+                problems.append(f"{name} is in both {file_of[name]} and {path.name}")
     if missing and weight_map and weight_map.keys() <= tensors.keys():
         notes.append(f"{missing}: missing, but the other files hold every tensor")
     elif missing:  # named by the index, or a link to nothing
@@ -668,14 +634,15 @@ def choose_files(directory):
     it was left over from another upload and is ignored. Raises ValueError if there are no weights.
     """
     if not directory.is_dir():
-        kind = HINTS.get(f"*{directory.suffix}", "is a file")
+        kind = FOREIGN_FILES.get(f"*{directory.suffix}", "is a file")
         raise ValueError(f"{directory}: {kind if directory.exists() else 'does not exist'}; wanted "
                          "the directory of a checkpoint")
     notes = []
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin"),
-                         ("consolidated", ".safetensors")):
+                         ("consolidated", ".safetensors"), ("consolidated.[0-9][0-9]", ".pth"),
+                         ("consolidated.[0-9][0-9]", ".pt")):
         index = directory / f"{stem}{suffix}.index.json"
-        weight_map = read_index(index) if index.exists() else {}
+        weight_map = read_file(index, files_of_tensors) if index.exists() else {}
         files = [directory / name for name in sorted(set(weight_map.values()))]
         if any(path.exists() for path in files):
             return files, weight_map, notes
@@ -685,33 +652,16 @@ def choose_files(directory):
         whole = directory / f"{stem}{suffix}"
         if files := [whole] if whole.exists() else sorted(directory.glob(f"{stem}*{suffix}")):
             return files, {}, notes
-    return other_files(directory, notes), {}, notes
-
-
-def read_index(path):
-    """The name of the file of each tensor. Raises ValueError if an index does not hold that."""
-    weight_map = read_file(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{path}: wanted a weight_map from names of tensors to files")
-    return {name: os.path.basename(str(file)) for name, file in weight_map.items()}
-
-
-def other_files(directory, notes):
-    """The files with weights if none has one of the usual names. Raises ValueError."""
-    if whole := sorted([*directory.glob("consolidated.[0-9][0-9].pt"),
-                        *directory.glob("consolidated.[0-9][0-9].pth")]):
-        return whole
-    if parts := list(directory.glob("consolidated.00.pth-split*")):
-        whole = shlex.quote(str(directory / "consolidated.00.pth"))
-        raise ValueError(f"{directory}: join the parts of the file first, with: "
-                         f"cat {whole}-split{{0..{len(parts) - 1}}} > {whole}")
-    for pattern, hint in HINTS.items():
-        if found := sorted(directory.glob(pattern)):
-            raise ValueError(f"{directory}: {hint.format(' or '.join(map(str, found)))}")
+    refuse(directory, FOREIGN_FILES, directory.glob)
     if files := sorted(directory.glob("*.safetensors")):
-        return files
+        return files, {}, notes
     raise ValueError("; ".join([f"{directory}: no weights here; wanted model*.safetensors, "
                                 "pytorch_model*.bin or consolidated.*", *notes]))
+
+
+def files_of_tensors(data):
+    """The name of the file of each tensor, from the bytes of an index."""
+    return {name: os.path.basename(file) for name, file in json.loads(data)["weight_map"].items()}
 
 
 def what_is_wrong(path, error):
@@ -748,10 +698,8 @@ def open_pickle(path):
 # ------------------------------------------------------------------ writing files
 
 class Lazy(NamedTuple):
-    """A tensor for `write_safetensors` that is computed when it is written.
-
-    `compute()` returns a contiguous CPU tensor of this dtype with as many elements.
-    """
+    """A tensor for `write_safetensors` that is computed when it is written: `compute()` returns a
+    contiguous CPU tensor of this dtype with as many elements."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -765,33 +713,12 @@ class Lazy(NamedTuple):
 def write_safetensors(path, tensors, metadata=FORMAT):
     """Write a safetensors file. It is complete or, after any error, not there.
 
-    `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. The library's own
-    writer needs NumPy and all tensors at once. Raises ValueError for a tensor that cannot be
-    written and for a file that cannot be written.
+    It begins with 8 bytes, the length of a JSON text, which follows and says where each tensor
+    begins and ends. `tensors` maps names to tensors or `Lazy` tensors, of a dtype in WRITABLE. The
+    library's own writer needs NumPy and all tensors at once. Raises ValueError for a tensor or a
+    file that cannot be written.
     """
     tensors = in_aligned_order(tensors)
-    header = safetensors_header(tensors, metadata)
-    with complete_or_absent(path) as part, open(part, "wb") as file:
-        file.write(header)
-        for name, tensor in tensors.items():
-            write_tensor(file, name, tensor)
-
-
-def in_aligned_order(tensors):
-    """The tensors in an order in which each begins at a multiple of its item size.
-
-    That is the given order where possible, and otherwise one by descending item size.
-    """
-    begin = 0
-    for tensor in tensors.values():
-        if begin % tensor.dtype.itemsize:
-            return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        begin += tensor.nbytes
-    return tensors
-
-
-def safetensors_header(tensors, metadata):
-    """The first bytes of a safetensors file: the length of the JSON text, and the JSON text."""
     codes = {dtype: code for code, dtype in WRITABLE.items()}
     header, end = {"__metadata__": dict(metadata)}, 0
     for name, tensor in tensors.items():
@@ -800,7 +727,20 @@ def safetensors_header(tensors, metadata):
                         "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors for programs that map the file
-    return len(text).to_bytes(8, "little") + text
+    with complete_or_absent(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            write_tensor(file, name, tensor)
+
+
+def in_aligned_order(tensors):
+    """The tensors in their order or, if that leaves one unaligned, by descending item size."""
+    begin = 0
+    for tensor in tensors.values():
+        if begin % tensor.dtype.itemsize:
+            return dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+        begin += tensor.nbytes
+    return tensors
 
 
 def write_tensor(file, name, tensor):
@@ -820,10 +760,8 @@ def write_json(path, content):
 
 
 def check_output(path, directory=False):
-    """Raises ValueError unless a file can be written here, or a directory can be created.
-
-    A device, a pipe or the like is never replaced. Call this before expensive work.
-    """
+    """Raises ValueError unless a file can be written here, or a directory can be created. A device,
+    a pipe or the like is never replaced. Call this before expensive work."""
     path = Path(os.path.realpath(path))
     if path.exists() and (directory or not path.is_file()):
         raise ValueError(f"{path}: not written: it exists already; choose another path")
@@ -909,29 +847,24 @@ def arguments(argv):
     args = p.parse_args(argv)
     if args.dtype == "int4" and args.to == "mistral":
         p.error("--dtype int4 needs --to huggingface: Mistral's layout has no 4-bit weights")
-    if args.group_size is not None and args.dtype != "int4":
+    if args.dtype != "int4" and args.group_size is not None:
         p.error("--group-size needs --dtype int4")
-    if args.group_size is None and args.dtype == "int4":
+    if args.dtype == "int4" and args.group_size is None:
         args.group_size = 128
     return args
-
-
-def run(args):
-    to = MISTRAL if args.to == "mistral" else HUGGINGFACE
-    dtype = getattr(torch, args.dtype) if args.dtype not in (None, "int4") else None
-    convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.group_size)
-    out = str(args.output_dir)
-    out = shlex.quote(f"./{out}" if out.startswith("-") else out)
-    report(f"next: give {out} to Mistral's own code" if to == MISTRAL else
-           f'next: python generate.py --model {out} --prompt "..."')
 
 
 def main(argv=None):
     args = arguments(argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be valid text
+    to = MISTRAL if args.to == "mistral" else HUGGINGFACE
+    dtype = getattr(torch, args.dtype) if args.dtype not in (None, "int4") else None
+    out = shlex.quote(re.sub("^-", "./-", str(args.output_dir)))  # else it looks like an option
     try:
-        run(args)
+        convert(args.input_dir, args.output_dir, to, dtype, args.max_shard_size, args.group_size)
+        report(f"next: give {out} to Mistral's own code" if to == MISTRAL else
+               f'next: python generate.py --model {out} --prompt "..."')
         return 0
     except KeyboardInterrupt:
         return 130

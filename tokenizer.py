@@ -42,18 +42,17 @@ METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 START, END = "<|im_start|>", "<|im_end|>"  # which are around each message in ChatML
-GAP = "\x1f"  # white space that no text has; see `_encode_chatml`
+GAP = "\x1f"  # white space that no text has; see `_chatml_parts`
 
 
 def merge(word, scores, gap=""):
     """Merge the neighbours whose union scores highest, leftmost first, until no union has a score.
 
-    Takes O(n log n) time for n characters. Here "bc" is merged first, and then "abc":
+    Takes O(n log n) time for n characters. In a tokenizer.json pairs such as "ab c" have scores, by
+    their order; the `gap` is a space. Here "bc" is merged first, and then "abc":
 
     >>> merge("abcab", {"bc": 7.5, "ab": -1.0, "abc": -2.0})
     ['abc', 'ab']
-
-    In a tokenizer.json pairs such as "ab c" have scores, by their order; the `gap` is a space.
     """
     heap = []  # pairs of neighbours: word[start:middle] and word[middle:end], by score
     end_of = [*range(1, len(word) + 1), 0]  # from the start of each symbol to its end
@@ -127,7 +126,8 @@ class Tokenizer:
     def __init__(self, path):
         path = directory = Path(path)
         if path.is_dir():  # of several files the first of FILES
-            path = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
+            path = next((path / name for name in FILES if (path / name).exists()),
+                        path / "tokenizer.model or tokenizer.json")
 
         def extra(name, *parse):
             return read_file(directory / name, *parse) if (directory / name).exists() else {}
@@ -157,8 +157,7 @@ class Tokenizer:
 
     def _read_model(self, data, rule):
         sentencepiece.set_min_log_level(2)  # no warnings to standard error; errors are raised
-        model = sentencepiece.SentencePieceProcessor()
-        model.load_from_serialized_proto(data)
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
         every = list(range(model.vocab_size()))
         pieces, scores, kinds, at = model.id_to_piece(every), model.get_score(every), [], 0
         for piece, score in zip(pieces, scores, strict=True):
@@ -221,11 +220,10 @@ class Tokenizer:
                 self.user_defined.pop(text, None)
                 for n in range(len(text)):  # so that no merge makes it
                     self.scores.pop(text[:n] + self.gap + text[n:], None)
-        self.word_ids, self.texts = {}, texts
+        self.word_ids, self.texts = {piece: [i] for piece, i in self.user_defined.items()}, texts
         longest_first = sorted(map(re.escape, self.user_defined), key=len, reverse=True)
         self.user_defined_pattern = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.control_ids = {texts[i]: i for i in sorted(self.control)}
-        self.inst_ids = [i for mark, i in self.control_ids.items() if mark in ("[INST]", "[/INST]")]
         self.bos_id = self.control_ids[bos if bos in self.control_ids else "<s>"]
         self.eos_id = self.control_ids[eos if eos in self.control_ids else "</s>"]
 
@@ -250,12 +248,9 @@ class Tokenizer:
         is_prefixed = self.in_front if first else self.after_mark
         if text and is_prefixed and (self.doubled or text[0] != SPACE):
             text = SPACE + text
-        for n, part in enumerate(self.user_defined_pattern.split(text)):
-            if n % 2:  # re.split returns text and matches of the group in turn
-                ids.append(self.user_defined[part])
-            else:
-                for word in self.word_pattern.findall(part):
-                    ids += self.word_ids.get(word) or self._encode_word(word)
+        for n, part in enumerate(self.user_defined_pattern.split(text)):  # texts, pieces in turn
+            for word in [part] if n % 2 else self.word_pattern.findall(part):
+                ids += self.word_ids.get(word) or self._encode_word(word)
         return ids + [self.eos_id] * eos
 
     def _encode_word(self, word):
@@ -273,10 +268,9 @@ class Tokenizer:
 
         `messages` is a list of {"role": ..., "content": ...}: an optional "system" message, then
         "user" and "assistant" in turn, ending with "user". The content of an assistant may also be
-        the list of ids that it generated, without the last one that ended it.
-
-        In v1 (Mixtral 8x7B), [INST] and [/INST] are text, and the system text is put before the
-        first user text; in v2 and v3 they are control ids, and it is put before the last one.
+        the list of ids that it generated, without the last one that ended it. In v1, [INST] and
+        [/INST] are text, and the system text is put before the first user text; in v2 and v3 they
+        are control ids, and it is put before the last one.
         """
         try:
             form = " ".join(f"{m['role']}:{type(m['content']).__name__}" for m in messages)
@@ -284,35 +278,35 @@ class Tokenizer:
             form = repr(messages)
         if not re.fullmatch("(system:str )?user:str( assistant:(str|list) user:str)*", form):
             raise ValueError(f"chat: wanted texts of (system,) user, …, user; got {form!r:.99}")
-        ids = (self._encode_chatml if START in self.template else self._encode_inst)(messages)
-        if ids is None:
+        is_chatml = START in self.template
+        parts = self._chatml_parts(messages) if is_chatml else self._inst_parts(messages)
+        if parts is None:
             raise ValueError("chat: plain texts work, but the chat template is not Mistral's, nor "
                              f"ChatML that keeps all texts: {self.template!r:.80}")
-        return ids
+        return [i for part in parts for i in (
+            self.encode(part, bos=False, first=not is_chatml) if isinstance(part, str) else part)]
 
-    def _encode_inst(self, messages):
+    def _inst_parts(self, messages):
         if "[INST]" not in self.template or re.search("<<SYS>>|SYSTEM_PROMPT", self.template):
             return None  # such as the formats of Llama 2 and of Mistral's v7
-        system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        turns = [message["content"] for message in messages if message["role"] != "system"]
-        ids, system_turn = [self.bos_id], len(turns) - 1 if self.inst_ids else 0  # no ids in v1
-        for n, text in enumerate(turns):
-            if n % 2:  # of the assistant
-                if isinstance(text, str):
-                    text = self.encode(text.rstrip(" ") if self.inst_ids else text, bos=False)
-                ids += [*text, self.eos_id]
-            else:
-                text = f"{system}\n\n{text}" if system and n == system_turn else text
-                text = text if self.inst_ids else f"[INST] {text} [/INST]"
-                ids += [*self.inst_ids[:1], *self.encode(text, bos=False), *self.inst_ids[1:]]
-        return ids
+        marks = [[i] for mark, i in self.control_ids.items() if mark in ("[INST]", "[/INST]")]
+        texts = [message["content"] for message in messages]
+        if messages[0]["role"] == "system" and (system := texts.pop(0)):
+            turn = len(texts) - 1 if marks else 0  # v1 has no such ids
+            texts[turn] = f"{system}\n\n{texts[turn]}"
+        parts = [[self.bos_id]]
+        for n, text in enumerate(texts):
+            if n % 2 == 0:
+                parts += [*marks[:1], text if marks else f"[INST] {text} [/INST]", *marks[1:]]
+            else:  # of the assistant
+                text = text.rstrip(" ") if marks and isinstance(text, str) else text
+                parts += [text, [self.eos_id]]
+        return parts
 
-    def _encode_chatml(self, messages):
-        """The ids of what the chat template writes; None if it fails, or drops or changes a text.
-
-        It is a program. While it runs, GAP is between all characters of the texts, so that no part
-        of them becomes a control id. Since it is white space, a template can still strip the texts.
-        """
+    def _chatml_parts(self, messages):
+        """What the chat template writes, as texts and ids; None if it drops or changes a text. It
+        is a program. While it runs, GAP is between all characters of the texts, so that no part of
+        them becomes a control id. Since it is white space, a template can still strip the texts."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # which comes with torch
 
         def written(contents):
@@ -336,11 +330,7 @@ class Tokenizer:
         is_complete = {START, END} <= {*parts} and all(name in named for name in contents)
         if not is_complete or text.replace(GAP, "") != plain:
             return None
-        ids = []
-        for part in parts:
-            text = part.replace(GAP, "")
-            ids += known[part] if part in known else self.encode(text, bos=False, first=False)
-        return ids
+        return [known[part] if part in known else part.replace(GAP, "") for part in parts]
 
     def decode(self, ids):
         """The text of ids, without the space that `encode` puts in front: nothing for control ids,
@@ -367,13 +357,10 @@ class StreamDecoder:
         if i in t.byte_of:
             self.has_begun = True
             return self.flush(bytes([t.byte_of[i]]), final=False)
-        text = self.flush()
-        piece = t.texts.get(i, "").replace(SPACE, " ")
-        if i in t.control or not piece:
-            return text
-        piece = piece.removeprefix(" " * (t.in_front and not self.has_begun))
-        self.has_begun = True
-        return text + (" ⁇ " if i == t.unk_id else piece)
+        piece = "" if i in t.control else t.texts.get(i, "").replace(SPACE, " ")
+        shown = piece.removeprefix(" " * (t.in_front and not self.has_begun))
+        self.has_begun = self.has_begun or piece != ""
+        return self.flush() + (" ⁇ " if i == t.unk_id else shown)
 
     def flush(self, data=b"", final=True):
         """The text of unfinished bytes and of more; at the end, U+FFFD for each that is left."""
