@@ -233,11 +233,12 @@ def turns(p, theirs):
 def read_angles(p, theirs):
     """Positions and frequencies by complex division, as (text, angles).
 
-    The position of a token is the one within 2S of its own or of 0 whose turn fits best. From one
+    The position of a token is the one near its own or near 0 whose turn fits best. From one
     token to the next the turn is the frequency, from which multiples and θ follow.
     """
     z, at, f = turns(p, theirs), p.positions(), p.frequencies()
-    near = torch.arange(-2 * p.S, 2 * p.S + 1).double()
+    most = min(2 * p.S, 64)
+    near = torch.arange(-most, most + 1).double()
     tried = torch.cat((at[..., None] + near, near.expand(*at.shape, -1)), -1)
     error = (z - torch.polar(torch.ones_like(f), tried[..., None] * f)).abs().sum(-1)
     found = tried.gather(-1, error.nan_to_num(math.inf).argmin(-1, keepdim=True))[..., 0]

@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 import torch
 from causes import GUESSES, READ, listed, spans
-from pair import IncomparableError, Pair, as_rows, row_errors
+from pair import SLACK, IncomparableError, Pair, as_rows, row_errors
 from reference import axes, word
 from steps import STEPS, Place, Run, calls_of, experts_in, parse, without
 from torch.nn import functional as F
@@ -31,10 +31,13 @@ from torch.nn import functional as F
 NEARER = 8
 LABELS = {"H": "head", "K": "key head", "d": "feature", "D": "feature", "M": "feature",
           "E": "expert", "A": "choice", "V": "token id", "T": "key"}
-# What other layouts leave as it is in quantities of which not every number is used: router logits
-# that lose, and rotated queries and keys, whose scores would not show a shift of all positions.
-UNCHANGED = {"gate": lambda x: (x - x.amax(1, keepdim=True)).sort()[0]} | dict.fromkeys(
-    ("q_rotated", "k_rotated"), lambda x: F.normalize(x.flatten(1)).sort()[0])
+# What every layout leaves as it is, for quantities in which what follows may not show an error. In
+# bfloat16 the stream hides what is small beside it; nothing is computed from router logits that
+# lose; and no score shows a shift of all positions.
+UNCHANGED = dict.fromkeys(("embed_tokens", "o_proj", "residual", "block_sparse_moe", "layer"),
+                          lambda x: x) | dict.fromkeys(
+    ("q_rotated", "k_rotated"), lambda x: F.normalize(x.flatten(1)).sort()[0]) | {
+    "gate": lambda x: (x - x.amax(1, keepdim=True)).sort()[0]}
 UNFIT = (LookupError, RuntimeError)  # what a step raises if it cannot be computed
 
 
@@ -153,7 +156,7 @@ class Prover:
 
     @functools.cached_property
     def wrong(self):
-        return [name for name in self.port.tensors if word(name) in STEPS and self.fails(name)]
+        return [name for name in self.port.tensors if word(name) in STEPS and not self.fits(name)]
 
     def leave_out(self, last):
         """Compute a quantity by our steps in all layers, because the port has another layout."""
@@ -182,18 +185,16 @@ class Prover:
 
     def choice(self, name, mine, theirs):
         """∞ if experts differ by more than a near tie, otherwise 0."""
-        same = (mine.sort(1)[0] == theirs.sort(1)[0]).all(1)
-        logits = Run(self.port)[name.replace("chosen", "gate")][~same]
-        a, b = (logits.gather(1, x[~same].clamp(min=0)).sort(1)[0] for x in (mine, theirs))
-        near = (a - b).abs().amax(1) <= self.limit * logits.abs().amax(1)
-        return 0.0 if near.all() else math.inf
+        logits = Run(self.port)[name.replace("chosen", "gate")]
+        near = gap(logits, mine, theirs) <= self.limit * logits.abs().amax(1)
+        return 0.0 if near[self.pair.real].all() else math.inf
 
-    def fails(self, name, changes=None):
-        """Whether a quantity is certainly wrong."""
+    def fits(self, name, changes=None, unknown=True):
+        """Whether the changes give a quantity; `unknown` is the answer if they cannot be tested."""
         try:
-            return self.error(name, changes) > self.limit
+            return self.error(name, changes) <= self.limit
         except UNFIT:
-            return False
+            return unknown
 
     def guesses(self, name):
         """Every guess that can reach a quantity, as (text, changes)."""
@@ -251,7 +252,7 @@ class Prover:
             lacking = Run(without(self.port, other)).lacking(other)
             touched = any({n, parse(n)[0]} & changes.keys() for n in lacking)
             wrong = other in self.wrong
-            fits = not self.fails(other, changes) if touched else not wrong
+            fits = self.fits(other, changes) if touched else not wrong
             if wrong or not fits:
                 (same if fits else rest if wrong else spoilt).append(other)
         return [sorted(found, key=self.pair.order.index) for found in (same, rest, spoilt)]
@@ -271,6 +272,12 @@ def computed(trace, name, changes=None, equal=None):
         if word(other) == "layer":  # layer by layer, so that the recursion stays shallow
             run[other]
     return run[name]
+
+
+def gap(logits, a, b):
+    """By how much the logits of two choices of experts differ, for each token."""
+    a, b = (logits.gather(1, x.clamp(min=0)).sort(1)[0] for x in (a, b))
+    return (a - b).abs().amax(1)
 
 
 # ------------------------------------------------------------------ comparing
@@ -295,6 +302,8 @@ class Comparison:
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
         self.compared, self.layouts = 0, {}  # what is known of a layout, by the name of its tensor
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
+        start = pair.trace._replace(tensors={"tokens": pair.ours["tokens"]})
+        self.graph = Run(start).lacking(pair.order[-1])  # all quantities with their inputs
 
     def walk(self):
         layer = None
@@ -302,7 +311,7 @@ class Comparison:
             if parse(name)[1] != layer:  # attention takes a flip to the later tokens of its row
                 layer = parse(name)[1]
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
-            explain = self.difference(name)
+            explain = self.choices(name) if word(name) == "chosen" else self.numbers(name)
             self.compared += 1
             if explain is None:
                 self.equal.append(name)
@@ -315,12 +324,8 @@ class Comparison:
                     break  # other experts ran: nothing that follows can be compared
         return self
 
-    def difference(self, name):
-        """None if a tensor is equal, else a function that returns sentences about it."""
-        return self.choices(name) if word(name) == "chosen" else self.numbers(name)
-
     def numbers(self, name):
-        """`difference` for a tensor of numbers."""
+        """None if a tensor is equal, else a function that returns sentences about it."""
         pair = self.pair
         ours, theirs, tokens = pair.rows(name)
         if theirs is None:
@@ -329,10 +334,11 @@ class Comparison:
         if not len(ours):
             return None
         found, limits = row_errors(ours, theirs), pair.limits(name, self.largest)
-        self.errors[name] = found.max().item()
         bad = found > min(limits)
-        if not bad.any() or self.hidden_flips(name, tokens[bad]):
-            self.largest = max(self.largest, found[~bad].max().item() if (~bad).any() else 0.0)
+        equal = not bad.any() or self.hidden_flips(name, tokens[bad])
+        self.errors[name] = max(found[~bad if equal else slice(None)].tolist(), default=0.0)
+        if equal:
+            self.largest = max(self.largest, self.errors[name])
             return None
         return lambda: [describe_place(pair, name, ours, theirs, tokens),
                         confined(pair, name, ours, theirs, tokens, bad),
@@ -350,11 +356,13 @@ class Comparison:
 
     def shapes(self, name):
         """Sentences about a tensor that does not have our shape."""
-        theirs, ours = self.pair.theirs[name], self.pair.ours[name]
-        lines = [f"Its shape is {list(theirs.shape)}, ours is {list(ours.shape)}."]
+        theirs, ours, real = self.pair.theirs[name], self.pair.ours[name], self.pair.real
+        rows = len(ours) if axes(name)[0] != "R" else len(
+            self.pair.ours[name.rpartition(".")[0] + ".tokens"])
+        lines = [f"Its shape is {list(theirs.shape)}, ours is {[rows, *ours.shape[1:]]}."]
         if theirs.numel() * self.pair.S == ours.numel() > 0:
             lines.append("It has one token per row. Write all of them, not only the last.")
-        elif theirs.numel() * len(self.pair.real) == ours.numel() * self.pair.real.sum():
+        elif theirs.numel() * len(real) == ours.numel() * real.sum() and not real.all():
             lines.append("It lacks the padding. Write rows of the same length.")
         return lines + self.cause(name, torch.ones_like(self.pair.real), self.pair.rounding)
 
@@ -374,20 +382,18 @@ class Comparison:
         form = UNCHANGED.get(word(name), torch.zeros_like)
         if row_errors(form(ours), form(theirs)).max() > limit:
             return False
-        reached, run = {name}, Run(self.pair.trace)
-        for other in self.pair.order[self.pair.order.index(name) + 1:]:
-            if word(other) in STEPS and reached & {*Place(run, other).inputs()} and not (
-                    self.is_ours(other)):
+        reached = {name}
+        for other, inputs in self.graph.items():
+            if reached & {*inputs} and not self.is_ours(other):
                 reached.add(other)
         return self.pair.order[-1] not in reached
 
     def is_ours(self, name):
         """Whether the port has our numbers, or our steps give them from what it has before."""
-        if name in self.pair.port.tensors and self.near(name):
-            return True
+        if name not in self.pair.port.tensors or self.near(name):
+            return name in self.pair.port.tensors
         with contextlib.suppress(*UNFIT):
-            return self.pair.port.tensors.get(name) is not None and self.near(
-                name, computed(self.pair.port, name))
+            return self.near(name, computed(self.pair.port, name))
         return False
 
     def near(self, name, theirs=None):
@@ -413,16 +419,10 @@ class Comparison:
         """By how much rounding can change the difference of two router logits of each token."""
         ours, theirs = self.pair.ours[gate], self.pair.port.tensors.get(gate)
         usual = self.pair.rounding * ours.abs().amax(1)
-        if theirs is None:
+        if theirs is None or gate in self.layouts:
             return usual
         apart = (theirs - ours).abs().amax(1)
         return (16 * usual).minimum(4 * self.pair.epsilon * ours.abs().amax(1) + 2 * apart)
-
-    def margin(self, gate):
-        """The logit of the last chosen expert minus that of the first refused one, (N)."""
-        A, logits = self.pair.trace.config["num_experts_per_tok"], self.pair.ours[gate]
-        best = F.pad(logits.sort(descending=True)[0], (0, 1), value=-math.inf)
-        return best[:, A - 1] - best[:, A]
 
     def hidden_flips(self, name, bad):
         """Whether near ties, in a layer of which theirs has no choices, explain the bad rows."""
@@ -430,19 +430,21 @@ class Comparison:
         known = f"{at}.chosen" in self.pair.theirs
         if known or word(name) not in ("layer", "block_sparse_moe", "tokens"):
             return False
-        margin = self.margin(f"{at}.gate")
-        if (margin >= self.allowed(f"{at}.gate"))[bad].any() or (
-                all(self.prover.fails(name, c) for c in (None, refused(bad.tolist())))):
+        margin = self.pair.ours.get(f"{at}.margin")  # there is none if all experts are chosen
+        if margin is None or (margin >= self.allowed(f"{at}.gate"))[bad].any():
+            return False
+        if word(name) != "tokens" and not any(self.prover.fits(name, changes, unknown=False)
+                                              for changes in (None, refused(bad.tolist()))):
             return False
         self.flip(f"{at}.chosen", bad, margin)
         return True
 
-    def flip(self, chosen, tokens, gap):
-        self.flips += [(chosen, token, gap[token].item()) for token in tokens.tolist()]
+    def flip(self, chosen, tokens, apart):
+        self.flips += [(chosen, token, apart[token].item()) for token in tokens.tolist()]
         self.tainted[tokens] = True
 
     def choices(self, chosen):
-        """`difference` for the experts: None if they are the same or a flip explains each.
+        """`numbers` for the experts: None if they are the same or a flip explains each.
 
         Experts whose logits are exactly equal on both sides are no flip: the lower index wins.
         """
@@ -451,21 +453,19 @@ class Comparison:
         if other is None or other.shape != mine.shape:
             return lambda: self.shapes(chosen)
         wrong = (mine.sort(-1)[0] != other.sort(-1)[0]).any(1) & self.pair.real & ~self.tainted
-        best, new = (logits.gather(1, x.clamp(min=0)).sort(1)[0] for x in (mine, other))
-        gap, tied = best[:, 0] - new[:, 0], (best == new).all(1) & (gate in port)
-        if gate in port:
-            a, b = (port[gate].gather(1, x.clamp(min=0)).sort(1)[0] for x in (mine, other))
-            tied &= (a == b).all(1)
-        self.flip(chosen, (wrong & (gap <= self.allowed(gate)) & ~tied).nonzero()[:, 0], gap)
+        apart, exact = gap(logits, mine, other), gate in port and (
+            self.pair.theirs[gate].dtype not in SLACK)
+        tied = (apart == 0) & (gap(port[gate], mine, other) == 0 if exact else False)
+        self.flip(chosen, (wrong & (apart <= self.allowed(gate)) & ~tied).nonzero()[:, 0], apart)
         wrong &= ~self.tainted
-        return (lambda: self.explain_choices(chosen, wrong, gap, tied)) if wrong.any() else None
+        return (lambda: self.explain_choices(chosen, wrong, apart, tied)) if wrong.any() else None
 
-    def explain_choices(self, chosen, wrong, gap, tied):
+    def explain_choices(self, chosen, wrong, apart, tied):
         """Sentences about other experts at the tokens in `wrong`."""
         n = int(wrong.nonzero()[0])
         ours, theirs = (x[n].tolist() for x in (self.pair.ours[chosen],
                                                 self.pair.port.tensors[chosen]))
-        why = (f"Our logits differ by {gap[n]:.3g}, so this is no near tie." if not tied[n] else
+        why = (f"Our logits differ by {apart[n]:.3g}, so this is no near tie." if not tied[n] else
                "The logits of the exchanged experts are equal in both files, so the lower index "
                "must be chosen.")
         return [f"{int(wrong.sum())} of {len(wrong)} tokens have other experts. At token "
@@ -537,9 +537,9 @@ def verdict(pair, found, args):
         names = [name for name, other in found.layouts.items() if other == text]
         yield (f"Your layout differs in {summary(names)}{': ' * bool(text)}{text}. All that is "
                "computed from it is equal, so this is no error.")
-    for chosen, token, gap in found.flips:
-        why = "the logits are equal, and here the lower index is chosen" if gap == 0 else (
-            f"the margin is {gap:.2g}")
+    for chosen, token, apart in found.flips[:9]:
+        why = "the logits are equal, and here the lower index is chosen" if apart == 0 else (
+            f"the margin is {apart:.2g}")
         yield (f"Routing flip, no error: {chosen}, row {token // pair.S}, token {token % pair.S}; "
                f"{why}.")
     if found.first is not None:
@@ -547,8 +547,10 @@ def verdict(pair, found, args):
         return
     name, error = max(((n, e) for n, e in found.errors.items() if n not in found.layouts),
                       key=lambda x: x[1], default=("none", 0.0))
+    left = (f", which leave {int((pair.real & ~found.tainted).sum())} of {int(pair.real.sum())} "
+            "tokens to compare at the end")
     yield (f"Equal within {dtype} rounding. The largest error is {error:.2g}, in {name}. "
-           f"Routing flips: {len(found.flips)}.")
+           f"Routing flips: {len(found.flips)}{left * bool(found.flips)}.")
 
 
 def describe_difference(pair, found):
@@ -584,8 +586,8 @@ def arguments(argv):
 def read_names(path):
     try:
         names = {**json.loads(path.read_text(encoding="utf-8"))} if path else {}
-        if len({str.strip(name) for name in names.values()}) < len(names):
-            raise ValueError("two names are mapped to one")
+        if not all(isinstance(name, str) for name in names.values()):
+            raise ValueError("a value is no string")
         return names
     except (OSError, ValueError, TypeError) as error:
         raise IncomparableError(f"{path}: not readable as a JSON object {{their name: our name}}: "

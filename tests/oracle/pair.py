@@ -104,7 +104,10 @@ class Pair:
     def __init__(self, ours, theirs, names, model=None, interleaved=False):
         self.trace, self.order = read_trace(ours, model)
         self.ours, self.interleaved = self.trace.tensors, interleaved
-        self.theirs = {names.get(name, name): x for name, x in read_file(theirs)[1].items()}
+        found = read_file(theirs)[1]
+        self.theirs = {names.get(name, name): x for name, x in found.items()}
+        if len(self.theirs) < len(found):
+            raise IncomparableError(f"{theirs}: --names gives two tensors the same name")
         self.S = self.ours["tokens"].shape[1]
         self.real = torch.cat([torch.arange(self.S) < n for n in self.trace.lengths])
         self.shared = [name for name in self.order if name in self.theirs
@@ -119,9 +122,8 @@ class Pair:
         self.port = self.trace._replace(
             tensors={"tokens": self.ours["tokens"]}, dtype=self.dtype)
         for name in self.shared:  # the choices of a layer before its experts, which need them
-            x = self.theirs[name].to(torch.int64 if word(name) in WHOLE else torch.float64)
-            if (x := self.own(name, x)) is not None:
-                self.port.tensors[name] = x
+            if (x := self.own(name, self.theirs[name])) is not None:
+                self.port.tensors[name] = x.double() if x.is_floating_point() else x
 
     def check(self, path):
         """Raises IncomparableError if the names or the tokens are not ours."""
@@ -139,12 +141,13 @@ class Pair:
                     not whole and dtype not in FLOATS):
                 raise IncomparableError(f"{path}: {name} is {str(dtype)[6:]}; write it as "
                                         f"{'I64' if whole else 'F64, F32, F16 or BF16'}")
-            x, E = self.theirs[name], self.trace.config["num_local_experts"]
+            self.theirs[name] = x = self.theirs[name].long() if whole else self.theirs[name]
             if word(name) == "chosen" and x.numel() % len(self.real) == 0:
-                x = x.reshape(len(self.real), -1)[self.real].long()
-                if ((x < 0) | (x >= E)).any():
+                x, E = x.reshape(len(self.real), -1)[self.real], self.trace.config[
+                    "num_local_experts"]
+                if ((x < 0) | (x >= E)).any() or (x.sort(1)[0].diff() == 0).any():
                     raise IncomparableError(f"{path}: {name} has experts from {x.min()} to "
-                                            f"{x.max()}; count them from 0 to {E - 1}")
+                                            f"{x.max()}; write different ones from 0 to {E - 1}")
         ours, theirs = (side.get("tokens", self.ours["tokens"]).flatten().tolist()
                         for side in (self.ours, self.theirs))
         if theirs != ours:
@@ -190,7 +193,7 @@ class Pair:
         if x.numel() % rest.numel():
             return None
         x, every = x.reshape(-1, *rest), torch.arange(len(self.real))
-        numbers = self.theirs.get(name.rpartition(".")[0] + ".tokens", takers).flatten().long()
+        numbers = self.theirs.get(name.rpartition(".")[0] + ".tokens", takers).flatten()
         kept = torch.isin(numbers, every[self.real])
         if len(numbers) == len(x) and numbers[kept].sort()[0].equal(takers):
             x, takers = x[kept], numbers[kept]

@@ -3,6 +3,7 @@
 The errors are those of seeds.py, in the port of port.py. Layouts are tested here too.
 """
 
+import json
 import math
 import random
 import re
@@ -407,6 +408,22 @@ def test_an_error_behind_a_layout_is_not_blamed_on_it(verdict):
     tensors = ported("plain", {}, lambda w: {f"{gate}.weight": 2 * w[f"{gate}.weight"]})
     few = {n: tensors[n] for n in (gate, gate.replace("gate", "chosen"))}
     assert verdict("plain", few)[0] == 1  # nothing shows what became of the weights
+
+
+def test_what_is_added_to_the_stream_has_no_other_layout(verdict):
+    """A sum in low precision would not show it if it is small."""
+    name = f"{AT}self_attn.o_proj"
+    code, text = verdict("plain", ported("plain") | {name: -ported("plain")[name]})
+    assert code == 1 and first_difference(text) == name
+
+
+def test_a_layout_is_proved_through_steps_that_our_trace_lacks_too(tmp_path, verdict):
+    metadata, tensors = pair.read_file(golden.HERE / "plain.safetensors")
+    order = [entry for entry in json.loads(metadata["order"]) if "T" not in entry[1]]
+    write_safetensors(tmp_path / "ours", tensors, metadata | {"order": json.dumps(order)})
+    name = f"{AT}self_attn.q_proj"
+    code, text = verdict(tmp_path / "ours", {name: tensors[name].flip(1)})
+    assert code == 1 and first_difference(text) == name
 
 
 def test_in_bfloat16_a_factor_of_the_embedding_is_no_layout(verdict):

@@ -182,6 +182,16 @@ def test_a_flip_at_a_near_tie_is_no_error_and_one_by_a_margin_is(
     assert ("At token 6 of row 0 ours chose" in text and "no near tie" in text) is (code == 1)
 
 
+def test_a_flip_that_is_not_written_needs_the_weights_as_its_proof(tmp_path, verdict):
+    model, _ = with_gap(1, 6, 1e-8)
+    trace.write_trace(model, TEXT, tmp_path / "ours")
+    theirs = {n: x.clone() for n, x in theirs_of(model.float()).items()
+              if n == "tokens" or word(n) == "layer"}
+    theirs["model.layers.1"][0, 6] = math.nan
+    code, text = verdict(tmp_path / "ours", theirs)
+    assert code == 1, text
+
+
 def test_the_same_experts_in_another_order_are_no_flip(changed):
     def swap(tensors):
         for name in tensors:
@@ -377,7 +387,9 @@ def test_experts_counted_from_1_are_refused_beside_padding(verdict):
     tensors = golden_tensors("ragged")
     tensors[f"{L0}block_sparse_moe.chosen"] += 1
     code, text = verdict("ragged", tensors)
-    assert code == 2 and "has experts from 1 to 8; count them from 0 to 7" in text
+    assert code == 2 and "has experts from 1 to 8; write different ones from 0 to 7" in text
+    tensors[f"{L0}block_sparse_moe.chosen"][:] = 3
+    assert verdict("ragged", tensors)[0] == 2  # one expert twice
 
 
 def test_rows_of_experts_can_be_in_any_order(verdict):
