@@ -18,6 +18,7 @@ exist.
 """
 
 import argparse
+import gc
 import html
 import json
 import re
@@ -240,6 +241,7 @@ def encode_twice(name, size):
     text = " ".join(" ".join(topics[name] for name in sorted(topics)).split())[:size]
     make(str(path)).encode(text)
     encode, megabytes = make(str(path)).encode, len(text.encode()) / 1e6
+    gc.collect()  # otherwise the objects of PyTorch are searched at some moment below
     return {(f"tokenizer, {state}", "MB/s"): megabytes / seconds(encode, text)
             for state in ("cold", "warm")}
 
