@@ -16,7 +16,7 @@ In the shapes of this repository, each letter has one meaning:
     letter  meaning                                   field in config.json       8x7B
     B       rows (sequences) of the batch             -                             -
     S       tokens per row in one call                -                             -
-    T       keys per row, before the mask             -                             -
+    T       keys per row that queries are compared to -                             -
     N       tokens of all rows, N = B·S               -                             -
     V       size of the vocabulary                    vocab_size                32000
     D       width of a hidden state                   hidden_size                4096
@@ -113,9 +113,9 @@ def route(logits, top_k):
 
     logits (N, E) -> (N, A), (N, A)
 
-    The weights are Softmax(TopK(logits)), the largest first, so they sum to one. `transformers`
-    takes the softmax over all E experts, which is exp(zᵢ)/Z for logit zᵢ, and divides the results
-    of the chosen experts by their sum. This is the same, because the common divisor Z cancels.
+    The weights are Softmax(TopK(logits)), so they sum to one; the largest comes first. In place of
+    it, `transformers` takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the
+    weights of the chosen by their sum. This is the same, because the common divisor Z cancels.
 
     Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
 
@@ -303,7 +303,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All but the output projection. Only the first lengths[b] tokens of row b are real and cached.
+    """All but the output projection; the tokens of row b after the first lengths[b] are padding.
 
     tokens (B, S), lengths (B) -> (B, S, D)
     """

@@ -479,5 +479,5 @@ GUESSES = [  # the quantities, and what is guessed about them
     ("layer", sums), ("chosen", CHOICES), ("chosen", ranks),
     ("weights", WEIGHTS), ("hidden", activations), ("block_sparse_moe", MIXTURES),
     *((name, guess) for name in STEPS for guess in (factors, rounded)
-      if name not in ("chosen", "tokens")),
+      if name != "chosen"),
     ("q_proj k_proj v_proj", factors), (" ".join(NORMS), factors)]

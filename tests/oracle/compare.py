@@ -63,13 +63,13 @@ def describe_place(pair, name, ours, theirs, tokens):
     """One sentence about the largest difference of some rows."""
     difference, letters = parts(pair, name, distance(ours, theirs))
     place = torch.unravel_index(difference.argmax(), difference.shape)
-    size, a, b = (parts(pair, name, x)[0][place] for x in (distance(ours, theirs), ours, theirs))
+    a, b = (parts(pair, name, x)[0][place] for x in (ours, theirs))
     row, token = divmod(int(tokens[place[0]]), pair.S)
     words = [f"row {row}, token {token}", *(
         f"{LABELS[letter]} {n}" for letter, n in zip(letters, place[1:], strict=True)
         if letter in LABELS)]
-    return (f"The largest difference is {size:.3g}, at {', '.join(words)}: ours {a:.6g}, theirs "
-            f"{b:.6g}.")
+    return (f"The largest difference is {difference[place]:.3g}, at {', '.join(words)}: ours "
+            f"{a:.6g}, theirs {b:.6g}.")
 
 
 def confined(pair, name, ours, theirs, tokens, bad):
@@ -86,6 +86,7 @@ def confined(pair, name, ours, theirs, tokens, bad):
         found = wrong.movedim(axis, 0).flatten(1).any(1).nonzero()[:, 0].tolist()
         size = wrong.shape[axis]
         if len(found) < size:
+            # what is left after whole vectors of 8 numbers
             tail = ", from the last multiple of 8 on" * (found == [*range(size // 8 * 8, size)])
             words.append(f"{LABELS[letter]}s {spans(found)}{tail}")
     zero = ", where theirs is 0" * bool((parts(pair, name, theirs[bad])[0][wrong] == 0).all())
@@ -263,7 +264,7 @@ def computed(trace, name, changes=None, equal=None):
 
     What the trace lacks and no change reaches is taken from `equal`, where it is known.
     """
-    run, reached = Run(without(trace, name), changes), {name}
+    run, reached = Run(without(trace, name), changes), set()
     for other, inputs in run.lacking(name).items():
         if {other, parse(other)[0]} & run.changes.keys() or reached & set(inputs):
             reached.add(other)
@@ -300,7 +301,7 @@ class Comparison:
         self.pair, self.prover = pair, Prover(pair)
         self.equal, self.errors, self.flips, self.different = [], {}, [], []
         self.first, self.largest = None, 0.0  # name and sentences; the largest error so far
-        self.compared, self.layouts = 0, {}  # what is known of a layout, by the name of its tensor
+        self.layouts = {}  # what is known of a layout, by the name of its tensor
         self.tainted = torch.zeros_like(pair.real)  # tokens that a routing flip has reached
         start = pair.trace._replace(tensors={"tokens": pair.ours["tokens"]})
         self.graph = Run(start).lacking(pair.order[-1])  # all quantities with their inputs
@@ -312,7 +313,6 @@ class Comparison:
                 layer = parse(name)[1]
                 self.tainted = (self.tainted.view(-1, self.pair.S).cumsum(1) > 0).flatten()
             explain = self.choices(name) if word(name) == "chosen" else self.numbers(name)
-            self.compared += 1
             if explain is None:
                 self.equal.append(name)
             elif self.first is None and self.is_layout(name):
@@ -405,13 +405,13 @@ class Comparison:
 
     def described(self, name):
         """The cause that explains a layout, or nothing; the proofs then do without the tensor."""
-        for other, text in self.layouts.items():
-            if word(other) == word(name):
-                return text
-        found = min(self.prover.causes(name, None, self.pair.rounding), key=lambda cause: cause[1],
-                    default=("",))
+        known = {word(other): text for other, text in self.layouts.items()}
+        if word(name) in known:
+            return known[word(name)]
+        found = self.prover.causes(name, None, self.pair.rounding)
+        text = min(found, key=lambda cause: cause[1], default=("",))[0]
         self.prover.leave_out(word(name))
-        return found[0]
+        return text
 
     # -------------------------------------------------------------- routing
 
@@ -522,8 +522,9 @@ class Comparison:
 def verdict(pair, found, args):
     """All sentences of the output."""
     dtype = str(pair.dtype)[6:]
-    yield f"Compared {found.compared} of {len(pair.shared)} tensors with {dtype} rounding."
-    if found.compared < len(pair.shared):
+    compared = len(found.equal) + len(found.layouts) + len(found.different)
+    yield f"Compared {compared} of {len(pair.shared)} tensors with {dtype} rounding."
+    if compared < len(pair.shared):
         yield f"The comparison stopped at {found.different[-1]}, because other experts ran there."
     if lacking := pair.skipped():
         names = list(dict.fromkeys(re.sub(r"(experts\.\d+)\..*", r"\1", n) for n in lacking))

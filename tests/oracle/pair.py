@@ -142,9 +142,8 @@ class Pair:
                 raise IncomparableError(f"{path}: {name} is {str(dtype)[6:]}; write it as "
                                         f"{'I64' if whole else 'F64, F32, F16 or BF16'}")
             self.theirs[name] = x = self.theirs[name].long() if whole else self.theirs[name]
-            if word(name) == "chosen" and x.numel() % len(self.real) == 0:
-                x, E = x.reshape(len(self.real), -1)[self.real], self.trace.config[
-                    "num_local_experts"]
+            if word(name) == "chosen" and (x := self.by_token(x)) is not None:
+                x, E = x[self.real], self.trace.config["num_local_experts"]
                 if ((x < 0) | (x >= E)).any() or (x.sort(1)[0].diff() == 0).any():
                     raise IncomparableError(f"{path}: {name} has experts from {x.min()} to "
                                             f"{x.max()}; write different ones from 0 to {E - 1}")
@@ -156,19 +155,24 @@ class Pair:
     # ------------------------------------------------------------------ theirs in our form
 
     def own(self, name, x):
-        """One tensor of theirs in our form, or None. A token may have more experts than ours."""
+        """One tensor of theirs in our form, or None if it does not fit."""
         if word(name) == "tokens":
             found = self.marked(x)
             return self.takers(name) if found.equal(self.real) else found
         if axes(name)[0] == "R":
             return self.spread(name, x)
         if word(name) in ("chosen", "weights"):
-            x = x.reshape(len(self.real), -1) if x.numel() % len(self.real) == 0 else None
+            x = self.by_token(x)
             return x if x is None or word(name) == "weights" else x.where(self.real[:, None], -1)
         x = reshaped(x, self.ours[name])
         if x is not None and self.interleaved and word(name)[:2] in ("q_", "k_"):
             return halves(x.view(*x.shape[:2], -1, self.trace.config["head_dim"])).view_as(x)
         return x
+
+    def by_token(self, x):
+        """The choices or weights of each token, (N, any number); None if they do not fit."""
+        N = len(self.real)
+        return x.reshape(N, -1) if N in boundaries(x.shape) | {1} else None
 
     def takers(self, name):
         """The tokens of an expert, (N): those that chose it, or else those in theirs.
