@@ -24,6 +24,7 @@ from seeds import (
     interleaved,
     rows_of_heads,
     scaled,
+    seen,
     turned,
 )
 from steps import STEPS, Run, parse
@@ -397,7 +398,18 @@ def test_two_layouts_at_once_are_no_error(first, second, verdict):
     assert code == 0 and "Your layout differs" in text, text
 
 
+def test_the_last_norm_may_be_folded_into_the_logits(verdict):
+    code, text = verdict("plain", ported("plain", {}, lambda w: {
+        "model.norm.weight": torch.ones(16), "lm_head.weight": w["lm_head.weight"] * w[
+            "model.norm.weight"]}))
+    assert code == 0 and "layout differs in model.norm: the weight of the norm is missing" in text
+
+
 def test_an_error_behind_a_layout_is_not_blamed_on_it(verdict):
+    wrong = turned(take=even_odd, put=interleaved) | seen(lambda i, j, W: j <= i)
+    text = verdict("window", ported("window", wrong, rows_of_heads((2, 2))))[1]
+    assert first_difference(text).endswith("scores") and "layout differs in q_proj" in text
+    assert causes_in(text)[0] == "there is no window"
     theta = frequencies(lambda p, i, d, theta: p / 1e4 ** (2 * i / d))
     wrong = turned(take=even_odd, put=interleaved) | theta
     tensors = ported("plain", wrong, rows_of_heads((2, 2)))
