@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import mixtral
 from mixtral import Attention, Cache, RMSNorm, at_least_float32
 
-ROTATION, ROTATE, ROUTE, VISIBLE = (
-    mixtral.rotation, mixtral.rotate, mixtral.route, mixtral.visible)
+ROTATION, ROTATE, ROUTE, VISIBLE, UPDATE = (
+    mixtral.rotation, mixtral.rotate, mixtral.route, mixtral.visible, Cache.update)
 
 
 # ------------------------------------------------------------------ how errors are made
@@ -97,9 +97,6 @@ def rotated_again(self, layer, k, v):
         -torch.arange(0, k.shape[-1], 2).double() / k.shape[-1])
     self.keys[layer] = ROTATE(self.keys[layer], angle.cos(), angle.sin())
     return UPDATE(self, layer, k, v)
-
-
-UPDATE = Cache.update
 
 
 def project(change):

@@ -130,8 +130,6 @@ def test_the_steps_without_an_error_are_the_second_implementation(case):
 
 RULES = {(words, text): rule for words, guess in causes.GUESSES if isinstance(guess, dict)
          for text, rule in guess.items()}
-
-
 EQUAL = ("of equal logits", "pairs (i, i + d/2) are rotated and written")  # no ties, and a layout
 
 
