@@ -536,8 +536,9 @@ def verdict(pair, found, args):
         yield from (f"{error:10.3g}  {name}" for name, error in found.errors.items())
     for text in dict.fromkeys(found.layouts.values()):
         names = [name for name, other in found.layouts.items() if other == text]
-        yield (f"Your layout differs in {summary(names)}{': ' * bool(text)}{text}. All that is "
-               "computed from it is equal, so this is no error.")
+        alone = f"Taken alone, {text}. But all" if text else "All"
+        yield (f"Your layout differs in {summary(names)}. {alone} that is computed from it is "
+               "equal, so this is no error.")
     for chosen, token, apart in found.flips[:9]:
         why = "the logits are equal, and here the lower index is chosen" if apart == 0 else (
             f"the margin is {apart:.2g}")
