@@ -400,6 +400,7 @@ def test_the_last_norm_may_be_folded_into_the_logits(verdict):
         "model.norm.weight": torch.ones(16), "lm_head.weight": w["lm_head.weight"] * w[
             "model.norm.weight"]}))
     assert code == 0 and "differs in model.norm. Taken alone, the weight of the norm" in text
+    assert float(re.search(r"largest error is (.*), in", text)[1]) < 1e-13  # of what must be equal
 
 
 def test_an_error_behind_a_layout_is_not_blamed_on_it(verdict):
