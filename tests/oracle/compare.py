@@ -419,7 +419,7 @@ class Comparison:
         """By how much rounding can change the difference of two router logits of each token."""
         ours, theirs = self.pair.ours[gate], self.pair.port.tensors.get(gate)
         usual = self.pair.rounding * ours.abs().amax(1)
-        if theirs is None or gate in self.layouts:
+        if theirs is None:
             return usual
         apart = (theirs - ours).abs().amax(1)
         return (16 * usual).minimum(4 * self.pair.epsilon * ours.abs().amax(1) + 2 * apart)
