@@ -174,15 +174,6 @@ def test_an_error_in_one_layer_or_expert_only_is_not_told_of_the_others(verdict)
     assert re.search(r"It does not make it in hidden of layer 0, experts 1 to", text), text
 
 
-def test_heads_that_are_not_transposed_back_are_named(verdict):
-    ours, tensors = port.known(golden.HERE / "plain.safetensors"), ported("plain")
-    rows = ours.tensors[f"{AT}self_attn.mixed"].transpose(1, 2).reshape(1, 14, 24)
-    name = f"{AT}self_attn.o_proj"
-    tensors[name] = rows @ ours.weights[f"{name}.weight"].T
-    text = verdict("plain", until(tensors, name))[1]
-    assert causes_in(text)[0].startswith("the heads are not transposed")
-
-
 @pytest.mark.parametrize("name, factor, spread, named", [
     ("lm_head", 0.5, 0.0, True), ("lm_head", 0.5, 1e-6, False),
     (f"{AT}self_attn.mixed", 0.7, 0.04, False), ("lm_head", 1 + 1e-9, 0.0, True)])
@@ -234,11 +225,11 @@ def test_a_port_that_prefers_the_higher_of_its_own_equal_logits_is_wrong(verdict
         assert code == 1 and causes_in(text)[0] == (
             "of equal logits, the expert with the higher index is chosen")
         assert found is coarse or "equal in both files, so the lower index must be chosen" in text
-    for name in list(tensors):
-        if name.endswith("gate"):
-            tensors[name] = tensors[name] * (1 + 1e-15 * torch.arange(8).double())  # other sums
-    code, text = verdict("tied", tensors)
-    assert code == 0 and "the logits are equal, and here the lower index is chosen" in text
+    for rounded in (lambda x: x * (1 + 1e-15 * torch.arange(8).double()), lambda x: x.bfloat16()):
+        # Other sums decide about equal logits, and 16 bits do not show it.
+        code, text = verdict("tied", {
+            n: rounded(x) if n.endswith("gate") else x for n, x in tensors.items()})
+        assert code == 0 and "the logits are equal, and here the lower index is chosen" in text
 
 
 # ------------------------------------------------------------------ no wrong cause

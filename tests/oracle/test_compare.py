@@ -429,3 +429,6 @@ def test_packed_rows_get_advice(verdict):
     tensors["lm_head"] = tensors["lm_head"].flatten(0, 1)[real]
     code, text = verdict("ragged", tensors)
     assert code == 1 and "lacks the padding" in text
+    name = f"{L0}self_attn.q_rotated"
+    text = verdict("plain", {name: golden_tensors("plain")[name].transpose(1, 2)})[1]
+    assert "Its shape is [1, 6, 14, 4], ours is [1, 14, 6, 4]." in text and "padding" not in text
