@@ -217,10 +217,10 @@ def rotate(x, cos, sin):
 
     x (B, S, H, d), cos (B, S, 1, d/2), sin (B, S, 1, d/2) -> (B, S, H, d)
 
-    For keys, K takes the place of H. Positions enter the product of a rotated query and a rotated
-    key only by their distance. The released code pairs x[2i] with x[2i + 1] instead, so convert.py,
-    like Hugging Face, reorders the rows of Mistral's q_proj and k_proj. The features of a pair then
-    lie d/2 apart, and q·k is as it was. In the old order the model would compute nonsense.
+    For keys, K takes the place of H. After the rotation, q·k depends on the two positions only
+    through their distance. The released code pairs x[2i] with x[2i + 1] instead, so convert.py,
+    like Hugging Face, reorders the rows of Mistral's q_proj and k_proj such that the features of a
+    pair lie d/2 apart and q·k is as it was. In the old order the model would compute nonsense.
     """
     first, second = at_least_float32(x).tensor_split(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
