@@ -33,10 +33,10 @@ In the shapes of this repository, each letter has one meaning:
     G       weights that share a scale (in fast/)     -                             -
 
 Parameters: an expert has 3·D·M = 176 million and the attention of a layer 2·D·(H + K)·d = 42
-million. Eight experts in each of 32 layers make 45.1 billion. Attention adds 1.3 billion, embedding
-and output matrix 2·V·D = 0.3 billion. This is 46.7 billion, not the 8 · 7 = 56 of the name, because
-only the experts exist eight times. With two experts per layer it is 12.9 billion. Of these a token
-reads all but the embedding, where one row is enough: 12.75 billion, or 25.5 GB in bfloat16.
+million. Eight experts in each of 32 layers make 45.1 billion, to which attention adds 1.3 and the
+embedding and output matrices, 2·V·D, add 0.3. The sum is 46.7 billion, and not the 8 · 7 = 56 of
+the name, because only the experts exist eight times; with two per layer it is 12.9 billion. Of
+these a token reads all but the embedding, where one row is enough, so 25.5 GB in bfloat16.
 
 Precision: all is computed in, and rounded to, the dtype of the weights, such as bfloat16, except:
 
@@ -113,8 +113,8 @@ def route(logits, top_k):
 
     logits (N, E) -> (N, A), (N, A)
 
-    The weights are Softmax(TopK(logits)), so they sum to one; the largest comes first. In place of
-    it, `transformers` takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the
+    The weights are Softmax(TopK(logits)), so they sum to one; the largest comes first. Instead,
+    `transformers` takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the
     weights of the chosen by their sum. This is the same, because the common divisor Z cancels.
 
     Difference: of equal logits the lower index comes first. Mistral's torch.topk promises no order.
