@@ -113,7 +113,7 @@ def route(logits, top_k):
 
     logits (N, E) -> (N, A), (N, A)
 
-    The weights are Softmax(TopK(logits)), so they sum to one; the largest comes first. Instead,
+    The weights are Softmax(TopK(logits)), so they sum to one; the largest comes first.
     `transformers` takes the softmax over all E experts, exp(zᵢ)/Z for logit zᵢ, and divides the
     weights of the chosen by their sum. This is the same, because the common divisor Z cancels.
 
